@@ -1,0 +1,18 @@
+"""What a user wrote wrongly: one error type, printed as plain lines with exit status 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user wrote; each line names the key, the value, what is allowed and what to change."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Returns ``" - did you mean 'x'?"`` for the known word nearest to a misspelt one, or an empty string."""
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" - did you mean '{nearest[0]}'?" if nearest else ""
