@@ -1,0 +1,76 @@
+"""One dataset of the data backend file, resolved: what it does not say is inherited from the main config."""
+
+from pathlib import Path
+from typing import Literal
+
+from simpletuner.config.fields import Json, Section, setting
+
+ResolutionType = Literal["pixel", "area", "pixel_area"]
+CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
+
+
+class DatasetConfig(Section):
+    """An image dataset; sizes are in the unit of ``resolution_type``.
+
+    pixel: length of the shorter edge in pixels; area: megapixels of 10^6; pixel_area: edge in pixels of the square
+    of the same area.
+    """
+
+    id: str = setting(..., "must_match", "Name of the dataset, unique in the file.")
+    type: str = setting("local", "may_change", "Backend that reads the files.")
+    dataset_type: Literal["image"] = setting("image", "must_match", "What the dataset holds.")
+    instance_data_dir: Path = setting(Path(), "may_change", "Folder with the images; it is only ever read.")
+    cache_dir_vae: Path = setting(..., "free", "Folder for the manifest and the cached latents.")
+    resolution: float = setting(1024.0, "may_change", "Size that images are scaled to.", gt=0)
+    resolution_type: ResolutionType = setting("pixel_area", "may_change", "Unit of all sizes of the dataset.")
+    aspect_bucket_rounding: int = setting(2, "may_change", "Decimals of the aspect ratio of a bucket.", ge=1, le=9)
+    alignment: int = setting(64, "may_change", "Bucket edges are multiples of so many pixels.", ge=8, multiple_of=8)
+    minimum_image_size: float | None = setting(None, "may_change", "Smaller images are left out.", gt=0)
+    maximum_image_size: float | None = setting(
+        None, "may_change", "Larger images are scaled to target_downsample_size before they are cropped.", gt=0
+    )
+    target_downsample_size: float | None = setting(
+        None, "may_change", "Size that images above maximum_image_size are scaled to first.", gt=0
+    )
+    minimum_aspect_ratio: float | None = setting(None, "may_change", "Images narrower than w / h are left out.", gt=0)
+    maximum_aspect_ratio: float | None = setting(None, "may_change", "Images wider than w / h are left out.", gt=0)
+    crop: bool = setting(False, "may_change", "Crop to crop_aspect; false keeps the aspect ratio of each image.")
+    crop_style: Literal["random", "center", "corner"] = setting(
+        "center", "may_change", "Where the crop lies. random: seeded by the image's id, the same in every run."
+    )
+    crop_aspect: Literal["square", "preserve", "closest"] = setting(
+        "square",
+        "may_change",
+        "Aspect ratio of a crop: a square, the image's own, or the closest of crop_aspect_buckets.",
+    )
+    crop_aspect_buckets: tuple[float, ...] = setting((), "may_change", "Aspect ratios (w / h) for crop_aspect closest.")
+    caption_strategy: CaptionStrategy = setting("textfile", "may_change", "Where captions come from.")
+    instance_prompt: str | None = setting(None, "may_change", "Caption of every image, for instanceprompt.")
+    prepend_instance_prompt: bool = setting(False, "may_change", "Put instance_prompt before each caption.")
+    only_instance_prompt: bool = setting(False, "may_change", "Use instance_prompt in place of each caption.")
+    disable_multiline_split: bool = setting(
+        False, "may_change", "Read a caption file as one caption; otherwise each line is a caption of its own."
+    )
+    missing_caption: Literal["skip", "keep"] = setting(
+        "skip", "may_change", "skip: an image without caption is left out and counted; keep: its caption is empty."
+    )
+    probability: float = setting(1.0, "may_change", "Weight of the dataset among the others.", ge=0)
+    repeats: int = setting(0, "may_change", "Extra passes over each image in an epoch.", ge=0)
+    max_num_samples: int | None = setting(None, "may_change", "Use a seeded choice of so many images only.", ge=1)
+    train_batch_size: int = setting(1, "must_match", "Images of one batch on one device.", ge=1)
+    vae_batch_size: int = setting(4, "free", "Images that the VAE encodes at once.", ge=1)
+    write_batch_size: int = setting(128, "free", "Entries of one cache file.", ge=1)
+    skip_file_discovery: bool = setting(False, "free", "Trust the manifest of the last scan; do not list the folder.")
+    preserve_data_backend_cache: bool = setting(False, "free", "Never delete entries of the cache.")
+    vae_cache_clear_each_epoch: bool = setting(False, "free", "Encode the latents again after each epoch.")
+    vae_cache_disable: bool = setting(False, "free", "Encode latents in the training loop, without a cache.")
+    metadata_backend: Literal["discovery"] = setting("discovery", "free", "Where image sizes come from.")
+    options: dict[str, Json] = setting({}, "free", "Keys of a backend other than local, checked by that backend.")
+
+
+class TextCacheConfig(Section):
+    """Where cached text features are kept."""
+
+    id: str = setting("text-embeds", "free", "Name of the cache.")
+    cache_dir: Path = setting(..., "free", "Folder for the cached text features.")
+    write_batch_size: int = setting(128, "free", "Entries of one cache file.", ge=1)

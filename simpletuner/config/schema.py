@@ -1,0 +1,117 @@
+"""The whole config: its sections, the datasets, and the rules that stand with each option.
+
+The file a user writes is flat; ``load.py`` routes each key to the section that has it. Everything is frozen, and a
+component receives its own section only. ``documentation/OPTIONS.md`` is generated from these classes.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from simpletuner.config.backends import DatasetConfig, TextCacheConfig
+from simpletuner.config.fields import Json, Resume, Section
+from simpletuner.config.sections import (
+    DataSection,
+    DistillationSection,
+    EmaSection,
+    LoraSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    PublishSection,
+    RunSection,
+    ValidationSection,
+)
+
+__all__ = [
+    "SECTIONS",
+    "Config",
+    "DataSection",
+    "DatasetConfig",
+    "DistillationSection",
+    "EmaSection",
+    "LoraSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "PublishSection",
+    "RunSection",
+    "Section",
+    "TextCacheConfig",
+    "ValidationSection",
+    "inert_options",
+    "resume_rules",
+    "section_of",
+]
+
+
+class Config(Section):
+    """Everything that was read: the sections, the datasets, and what reading them understood."""
+
+    model: ModelSection
+    run: RunSection = RunSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    lora: LoraSection = LoraSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    ema: EmaSection = EmaSection()
+    data: DataSection = DataSection()
+    validation: ValidationSection = ValidationSection()
+    publish: PublishSection = PublishSection()
+    distillation: DistillationSection = DistillationSection()
+    datasets: tuple[DatasetConfig, ...] = ()
+    text_cache: TextCacheConfig
+    explicit: frozenset[str] = frozenset()
+    """Flat keys that the user gave, in the file, on the command line or in the environment."""
+    notices: tuple[str, ...] = ()
+    sources: tuple[Path | None, Path | None] = (None, None)
+    """The config file and the data backend file."""
+
+    def flat(self) -> dict[str, Json]:
+        """Returns every option by its flat key, as JSON values: what ``simpletuner.json`` and checkpoints keep."""
+        values: dict[str, Json] = {}
+        for name in SECTIONS:
+            section: Section = getattr(self, name)
+            values.update(section.model_dump(mode="json"))
+        return values
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "run": RunSection,
+    "optimizer": OptimizerSection,
+    "lora": LoraSection,
+    "objective": ObjectiveSection,
+    "ema": EmaSection,
+    "data": DataSection,
+    "validation": ValidationSection,
+    "publish": PublishSection,
+    "distillation": DistillationSection,
+}
+"""Name of the attribute of Config -> its section, in the order of OPTIONS.md."""
+
+
+@cache
+def section_of() -> dict[str, str]:
+    """Returns flat key -> name of its section; a key belongs to exactly one."""
+    return {key: name for name, section in SECTIONS.items() for key in section.model_fields}
+
+
+def _rule(key: str, name: Literal["resume", "inert"]) -> str | None:
+    extra = SECTIONS[section_of()[key]].model_fields[key].json_schema_extra
+    value = extra.get(name) if isinstance(extra, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def resume_rules() -> dict[str, Resume]:
+    """Returns flat key -> what resuming with another value means."""
+    rules: dict[str, Resume] = {}
+    for key in section_of():
+        rule = _rule(key, "resume")
+        assert rule in ("must_match", "may_change", "free"), key
+        rules[key] = rule
+    return rules
+
+
+def inert_options() -> dict[str, str]:
+    """Returns flat key -> why it has no effect yet, for the options that have none."""
+    return {key: reason for key in section_of() if (reason := _rule(key, "inert")) is not None}
