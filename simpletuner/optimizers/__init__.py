@@ -1,0 +1,1 @@
+"""Optimizers: one file is one plug-in (see ``_base.py``)."""

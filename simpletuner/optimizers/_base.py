@@ -1,0 +1,85 @@
+"""What an optimizer plug-in offers.
+
+A plug-in file binds ``PLUGIN = OptimizerPlugin(options, create)``; the trainer calls
+``registry.load("optimizers", section.optimizer, "optimizer")(parameters, section)``.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from simpletuner.config.errors import UserError, suggestion
+from simpletuner.config.schema import OptimizerSection
+
+Options = dict[str, Any]  # Any: an optimizer's keyword arguments differ by optimizer; check() has seen their types
+"""Keyword arguments of an optimizer's constructor, hyper-parameters included."""
+
+ADAM_OPTIONS: Mapping[str, type] = {"betas": tuple, "eps": float, "weight_decay": float}
+"""Keys of ``optimizer_config`` that every Adam-like optimizer takes."""
+
+
+@dataclass(frozen=True)
+class OptimizerPlugin:
+    """An optimizer that the config can name; calling it builds the optimizer."""
+
+    create: Callable[[list[dict[str, Any]], str, Options], Optimizer]  # Any: torch's parameter groups
+    """(parameter groups, value of ``optimizer``, keyword arguments) -> optimizer."""
+    options: Mapping[str, type] = field(default_factory=lambda: dict(ADAM_OPTIONS))
+    """Keys that ``optimizer_config`` may hold, with their types (``tuple`` is a list of numbers)."""
+    adam: bool = True
+    """Whether ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` mean something to it."""
+
+    def __call__(self, parameters: Iterable[Parameter | Mapping[str, Any]], section: OptimizerSection) -> Optimizer:
+        """Returns the optimizer over the parameters (or groups of them) with the section's hyper-parameters.
+
+        Raises:
+            UserError: ``optimizer_config`` has a key or a value that this optimizer does not take.
+        """
+        given = list(parameters)
+        groups = [dict(group) for group in given if isinstance(group, Mapping)]
+        alone = [parameter for parameter in given if isinstance(parameter, Parameter)]
+        if alone:
+            groups.append({"params": alone})
+        return self.create(groups, section.optimizer, self.keywords(section))
+
+    def keywords(self, section: OptimizerSection) -> Options:
+        """Returns the constructor's keyword arguments; ``optimizer_config`` wins over the ``adam_*`` keys.
+
+        Raises:
+            UserError: As for building. (So the plan can check the section without any parameter.)
+        """
+        found: Options = {"lr": section.learning_rate, "weight_decay": section.adam_weight_decay}
+        if self.adam:
+            found |= {"betas": (section.adam_beta1, section.adam_beta2), "eps": section.adam_epsilon}
+        problems: list[str] = []
+        for key, value in section.optimizer_config.items():
+            kind = self.options.get(key)
+            if kind is None:
+                known = ", ".join(sorted(self.options)) or "none"
+                problems.append(
+                    f"optimizer_config: unknown key '{key}' for optimizer '{section.optimizer}'"
+                    f"{suggestion(key, self.options)} (known: {known})"
+                )
+            elif (converted := _as(kind, value)) is None:
+                problems.append(f"optimizer_config: {key} is {value!r}, expected {_KINDS[kind]}")
+            else:
+                found[key] = converted
+        if problems:
+            raise UserError(*problems)
+        return found
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list of numbers"}
+
+
+def _as(kind: type, value: object) -> object | None:
+    """Returns the value as the kind, or None when it is not one (``1`` is a number for a float, never for a bool)."""
+    if kind is tuple and isinstance(value, list | tuple):
+        numbers = [_as(float, item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return None if None in numbers else tuple(numbers)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is kind else None
