@@ -1,0 +1,57 @@
+"""The words of the quickstart's captions, and a CLIP tokenizer in which each of them is one token."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (208, 44, 44),
+    "orange": (236, 138, 34),
+    "yellow": (240, 208, 52),
+    "green": (52, 152, 74),
+    "blue": (46, 92, 200),
+    "purple": (130, 62, 168),
+    "black": (28, 28, 32),
+    "white": (244, 244, 240),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring")
+SIZES: dict[str, float] = {"small": 0.30, "medium": 0.45, "large": 0.62}
+"""Width of the object as a part of the picture's shorter edge."""
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "center", "right")
+_GLUE = ("a", "an", "and", "at", "background", "in", "of", "on", "photo", "picture", "the", "with")
+
+WORDS = tuple(sorted({*COLORS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *_GLUE}))
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+def make_tokenizer(pad_token: str = _END) -> "CLIPTokenizer":
+    """Returns a byte-level CLIP tokenizer of 77 tokens: any text can be written, and our words are single tokens.
+
+    The order of ids is CLIP's: bytes, bytes that end a word, merges, start, end; the end is the highest id.
+    """
+    from transformers import CLIPTokenizer
+
+    letters = _byte_letters()
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges[parts[0], parts[1]] = None
+            parts[:2] = ["".join(parts[:2])]
+    tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), _START, _END])
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=list(merges),
+        pad_token=pad_token,
+        model_max_length=77,
+    )
+
+
+def _byte_letters() -> list[str]:
+    """Returns the 256 printable characters that stand for bytes in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
+    return [table[byte] for byte in range(256)]
