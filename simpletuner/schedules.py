@@ -1,7 +1,7 @@
 """Noise schedules: how much picture and how much noise a noise time holds, and the one solver step between two times.
 
-Every schedule is x_t = alpha(t) x0 + sigma(t) noise. The mathematics runs in promote(dtype, float32): bfloat16 would make
-the noise of SDXL's grid at t = 19 wrong by 4.8 %.
+Every schedule is x_t = alpha(t) x0 + sigma(t) noise. The mathematics runs in promote(dtype, float32): bfloat16 would
+make the noise of SDXL's grid at t = 19 wrong by 4.8 %.
 
 Shapes: B batch, C latent channels, h w latent size in latent pixels, N solver steps.
 """

@@ -82,7 +82,7 @@ class Draw:
     """[B] float32 guidance scales in the paper's form."""
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Self:
-        """Returns the draw with every tensor on the device; noise times become float32 where they are not integers."""
+        """Returns the draw with every tensor on the device."""
         moved: dict[str, Any] = {}  # Any: the values have the fields' own types
         for field in fields(self):
             value = getattr(self, field.name)
@@ -207,6 +207,15 @@ def _line(config: type[Section], problem: Any) -> str:  # Any: pydantic's ErrorD
     if not key:
         return f"distillation_config: {message}"
     return f"distillation_config.{key}: {problem['input']!r} is not possible: {message[0].lower()}{message[1:]}"
+
+
+def make_scheduler(
+    scheduler_class: Any,  # Any: from_config is untyped in diffusers
+    base_config: Mapping[str, Any],
+    **changes: Any,
+) -> "SchedulerMixin":
+    """Returns a diffusers scheduler with what it knows of another's config, and with changes."""
+    return scheduler_class.from_config(dict(base_config), **changes)
 
 
 def draw_latents(batch: Batch, randomness: Randomness) -> tuple[Tensor, Tensor | None]:

@@ -1,13 +1,14 @@
 """Latent consistency distillation (arXiv 2310.04378) and LCM-LoRA (arXiv 2311.05556).
 
-Student and target jump from two neighbouring noise times of one trajectory to the same edge, and must land on the same
-spot. The trajectory is the teacher's, guided; the target is the student itself, never the teacher: with a teacher target
-nothing carries what was learned at a low noise time to the next higher one, and the result is no consistency model.
+Student and target jump from two neighbouring noise times of one trajectory to the same edge, and must land on the
+same spot. The trajectory is the teacher's, guided; the target is the student itself, never the teacher: with a teacher
+target nothing carries what was learned at a low noise time to the next higher one, and the result is no consistency
+model.
 
 Shapes: B batch, C latent channels, h w latent size in latent pixels, N = num_ddim_timesteps.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -29,6 +30,7 @@ from simpletuner.distillers._base import (
     Setup,
     distance,
     draw_latents,
+    make_scheduler,
     sample_posterior,
 )
 from simpletuner.randomness import Randomness
@@ -69,21 +71,11 @@ class LCMConfig(Section):
         return self
 
 
-EdgePolicy = Callable[[Tensor, Batch, Randomness], Tensor]
-"""Returns the [B] noise times to which samples at [B] grid indices jump; CLEAN_EDGE is the picture itself."""
-
-
-def clean_edge(index: Tensor, batch: Batch, randomness: Randomness) -> Tensor:
-    """Returns [B] CLEAN_EDGE for every sample: LCM's own policy."""
-    return torch.full_like(index, CLEAN_EDGE)
-
-
 class LCM(Distiller):
     """The student jumps from any noise time to the picture, consistently along the guided teacher's trajectory."""
 
     Config = LCMConfig
     requires = frozenset({"uncond"})
-    edges: EdgePolicy = staticmethod(clean_edge)
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -107,6 +99,19 @@ class LCM(Distiller):
         if problems:
             raise UserError(*problems)
         return _notices(config, facts)
+
+    def edges(self, index: Tensor, batch: Batch, randomness: Randomness) -> Tensor:
+        """Returns [B] the noise times to which student and target jump: here the picture itself.
+
+        Other consistency methods differ in this policy alone: the start of the phase that holds the sample (PCM), or a
+        random time below it (TCD).
+
+        Args:
+            index: [B] grid indices of the solver's results, in [0, N).
+            batch: The samples.
+            randomness: Of the run; a random policy has its own stream.
+        """
+        return torch.full_like(index, CLEAN_EDGE)
 
     def draw(self, batch: Batch, randomness: Randomness) -> Draw:
         """Returns noise, two neighbouring grid times, the edge and the guidance of each sample."""
@@ -149,10 +154,12 @@ class LCM(Distiller):
 
     def sampling(self, base_scheduler_config: Mapping[str, Any]) -> "tuple[SchedulerMixin, dict[str, Any]]":
         """Returns LCMScheduler on the grid that was trained, for four steps without guidance."""
-        from diffusers import LCMScheduler  # seconds of import that the plan does not have
+        # Imported here: it takes seconds, which the plan does not have.
+        from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
-        scheduler = LCMScheduler.from_config(
-            dict(base_scheduler_config),
+        scheduler = make_scheduler(
+            LCMScheduler,
+            base_scheduler_config,
             original_inference_steps=self.config.num_ddim_timesteps,
             timestep_scaling=self.config.timestep_scaling_factor,
             prediction_type=self.denoisers["student"].prediction_type,
@@ -180,9 +187,8 @@ def jump(schedule: NoiseSchedule, prediction: Prediction, z: Tensor, t: Tensor, 
     column = (-1, *(1 for _ in z.shape[1:]))
     c_skip, c_out = schedule.boundary(t, scaling, prediction.x0.dtype)
     clean = c_skip.reshape(column) * z + c_out.reshape(column) * prediction.x0
-    return torch.where(
-        (edge == CLEAN_EDGE).reshape(column), clean, schedule.ddim_step(prediction.x0, prediction.noise, edge)
-    )
+    landed = schedule.ddim_step(prediction.x0, prediction.noise, edge)
+    return torch.where((edge == CLEAN_EDGE).reshape(column), clean, landed)
 
 
 def _problems(config: LCMConfig, facts: RunFacts) -> list[str]:
@@ -206,8 +212,8 @@ def _problems(config: LCMConfig, facts: RunFacts) -> list[str]:
             )
         if facts.schedule.zero_terminal_snr and facts.prediction_type == "epsilon":
             problems.append(
-                "prediction_type: 'epsilon' says nothing about the picture at the last timestep of a schedule with zero "
-                "terminal SNR (rescale_betas_zero_snr); use a v_prediction model, or a scheduler without the rescaling"
+                "prediction_type: 'epsilon' says nothing about the picture at the last timestep of a schedule with "
+                "zero terminal SNR (rescale_betas_zero_snr); use a v_prediction model, or leave out the rescaling"
             )
     steps = facts.validation_num_inference_steps
     if steps is not None and steps > num_steps:
@@ -244,7 +250,7 @@ def _notices(config: LCMConfig, facts: RunFacts) -> list[str]:
 
 
 _LEAST_COVERAGE = 0.9
-"""Least part of the training timesteps that the solver's grid must cover: sampling starts at its top with pure noise."""
+"""Least part of the training timesteps that the grid must cover: sampling starts at its top with pure noise."""
 
 LORA_TARGETS = (
     "to_q",

@@ -19,6 +19,7 @@ from simpletuner.distillers._base import (
     Setup,
     distance,
     draw_latents,
+    make_scheduler,
     sample_posterior,
 )
 from simpletuner.randomness import Randomness
@@ -54,10 +55,8 @@ class SFT(Distiller):
         """Returns noise (with its offset, if that is on) and one training time a sample."""
         noise, posterior = draw_latents(batch, randomness)
         if self.config.offset_noise:
-            channels = batch.mean.shape[1]
-            noise = noise + self.config.noise_offset * randomness.normal(
-                "noise_offset", batch.position, (channels, 1, 1)
-            )
+            offset = randomness.normal("noise_offset", batch.position, (batch.mean.shape[1], 1, 1))
+            noise = noise + self.config.noise_offset * offset
         schedule = self.schedule.for_size(*batch.mean.shape[-2:])
         return Draw(noise, posterior, start=schedule.time(randomness.uniform("timestep", batch.position)))
 
@@ -76,7 +75,7 @@ class SFT(Distiller):
 
     def sampling(self, base_scheduler_config: Mapping[str, Any]) -> "tuple[SchedulerMixin, dict[str, Any]]":
         """Returns the base model's own scheduler, and usual settings for it."""
-        import diffusers  # seconds of import that the plan does not have
+        import diffusers  # here, because it takes seconds, which the plan does not have
 
         name = str(base_scheduler_config.get("_class_name", ""))
         scheduler_class = getattr(diffusers, name, None)
@@ -84,9 +83,11 @@ class SFT(Distiller):
             raise UserError(f"the model's scheduler_config.json names the scheduler '{name}', which diffusers has not")
         changes = {"prediction_type": self.denoisers["student"].prediction_type}
         if isinstance(self.schedule, FlowSchedule):
-            changes = {}
-        scheduler = scheduler_class.from_config(dict(base_scheduler_config), **changes)
-        return scheduler, {"num_inference_steps": 30, "guidance_scale": 5.0}
+            changes = {}  # flow schedulers know one prediction alone
+        return make_scheduler(scheduler_class, base_scheduler_config, **changes), {
+            "num_inference_steps": 30,
+            "guidance_scale": 5.0,
+        }
 
 
 def min_snr_weight(schedule: NoiseSchedule, t: Tensor, prediction_type: str, gamma: float) -> Tensor:
