@@ -1,7 +1,8 @@
 """What an optimizer plug-in offers.
 
-A plug-in file binds ``PLUGIN = OptimizerPlugin(options, create)``; the trainer calls
-``registry.load("optimizers", section.optimizer, "optimizer")(parameters, section)``.
+A plug-in file binds ``PLUGIN``, an ``OptimizerPlugin`` or something with its two methods;
+``registry.load("optimizers", section.optimizer, "optimizer")(parameters, section)`` builds the optimizer, and
+``.keywords(section)`` checks the section without parameters, which is how the plan does it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,8 @@ from simpletuner.config.schema import OptimizerSection
 Options = dict[str, Any]  # Any: an optimizer's keyword arguments differ by optimizer; check() has seen their types
 """Keyword arguments of an optimizer's constructor, hyper-parameters included."""
 
+Groups = list[dict[str, Any]]  # Any: torch's parameter groups hold parameters and hyper-parameters
+
 ADAM_OPTIONS: Mapping[str, type] = {"betas": tuple, "eps": float, "weight_decay": float}
 """Keys of ``optimizer_config`` that every Adam-like optimizer takes."""
 
@@ -25,8 +28,8 @@ ADAM_OPTIONS: Mapping[str, type] = {"betas": tuple, "eps": float, "weight_decay"
 class OptimizerPlugin:
     """An optimizer that the config can name; calling it builds the optimizer."""
 
-    create: Callable[[list[dict[str, Any]], str, Options], Optimizer]  # Any: torch's parameter groups
-    """(parameter groups, value of ``optimizer``, keyword arguments) -> optimizer."""
+    create: Callable[[Groups, Options], Optimizer]
+    """(parameter groups, keyword arguments) -> optimizer."""
     options: Mapping[str, type] = field(default_factory=lambda: dict(ADAM_OPTIONS))
     """Keys that ``optimizer_config`` may hold, with their types (``tuple`` is a list of numbers)."""
     adam: bool = True
@@ -43,7 +46,7 @@ class OptimizerPlugin:
         alone = [parameter for parameter in given if isinstance(parameter, Parameter)]
         if alone:
             groups.append({"params": alone})
-        return self.create(groups, section.optimizer, self.keywords(section))
+        return self.create(groups, self.keywords(section))
 
     def keywords(self, section: OptimizerSection) -> Options:
         """Returns the constructor's keyword arguments; ``optimizer_config`` wins over the ``adam_*`` keys.

@@ -1,18 +1,16 @@
 """AdamW of torch (arXiv 1711.05101), with the fused kernel where the device has one."""
 
-from typing import Any
-
 import torch
 from torch.optim import AdamW
 
 from simpletuner.config.errors import UserError
-from simpletuner.optimizers._base import ADAM_OPTIONS, OptimizerPlugin, Options
+from simpletuner.optimizers._base import ADAM_OPTIONS, Groups, OptimizerPlugin, Options
 
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
 """Devices on which torch's fused AdamW is used: one kernel instead of a dozen per group of tensors."""
 
 
-def _create(groups: list[dict[str, Any]], _name: str, options: Options) -> AdamW:
+def _create(groups: Groups, options: Options) -> AdamW:
     parameters = [p for group in groups for p in group["params"]]
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
         # Half precision keeps 8 bits of a weight: at a rate of 1e-5 most updates round to nothing, silently.

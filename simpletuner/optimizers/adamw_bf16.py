@@ -2,8 +2,12 @@
 
 A bfloat16 number is the upper half of a float32. So each bf16 weight has an int16 companion with what rounding took
 from the float32 weight: together they are that float32, in the bytes of a bf16 weight plus a bf16 compensation buffer.
-(A bf16 compensation has its own rounding: at a rate of 1e-6 it is off by figures in documentation/NUMERICS.md.)
+Measured over 1000 steps, as the error of the distance that the weights went: for weights around 1 (norms, biases), a
+bf16 compensation is off by 47 % at a rate of 1e-6 and 21 % at 1e-5, since its own last bit is larger than an update;
+this split is off by 1e-6. For weights around 0.02 the two are off by 0.7 % and 4e-7.
+
 Both moments are float32: a bf16 second moment cannot decay at beta2 = 0.999, since its step is below half a bf16 ulp.
+That is 12 bytes a parameter, beside the gradient.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +19,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from simpletuner.optimizers._base import OptimizerPlugin, Options
+from simpletuner.optimizers._base import Groups, OptimizerPlugin, Options
 from simpletuner.optimizers.adamw import FUSED_DEVICES
 
 CHUNK_NUMEL = 2**25
@@ -164,7 +168,7 @@ def _step_device(parameter: Tensor) -> torch.device:
     return parameter.device if parameter.device.type in FUSED_DEVICES else torch.device("cpu")
 
 
-def _create(groups: list[dict[str, Any]], _name: str, options: Options) -> AdamWBF16:
+def _create(groups: Groups, options: Options) -> AdamWBF16:
     return AdamWBF16(groups, **options)
 
 

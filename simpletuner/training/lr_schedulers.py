@@ -16,6 +16,7 @@ update at rate zero would be wasted. Steps are optimizer steps, whatever the num
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -50,22 +51,29 @@ SHAPES: Mapping[str, Shape] = {
 """The values of ``lr_scheduler``."""
 
 
-def factor(section: OptimizerSection, num_steps: int, step: int) -> float:
-    """Returns the factor on ``learning_rate`` for the update after ``step`` of ``num_steps`` optimizer steps."""
+def factor(section: OptimizerSection, rate: float, num_steps: int, step: int) -> float:
+    """Returns the factor on the full ``rate`` for the update after ``step`` of ``num_steps`` optimizer steps."""
     warmup = section.lr_warmup_steps
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    end = section.lr_end / section.learning_rate if section.learning_rate else 0.0
+    end = section.lr_end / rate if rate else 0.0
     return end + (1 - end) * SHAPES[section.lr_scheduler](progress, section.lr_num_cycles, section.lr_power)
 
 
-def build(optimizer: Optimizer, section: OptimizerSection, num_steps: int, step: int = 0) -> LambdaLR:
-    """Returns the scheduler after ``step`` finished optimizer steps; call its ``step()`` after each further one.
+def make_lr_scheduler(optimizer: Optimizer, section: OptimizerSection, num_steps: int) -> LambdaLR:
+    """Returns the scheduler of a run's first step; call ``step()`` after each update.
 
-    It has no state worth saving: the rate depends on the section and the step only, so a changed rate or length of
-    the run takes effect when resuming. The optimizer's groups must hold the full rate as ``lr``.
+    It has no state worth saving: ``seek`` puts it at any step, so a changed rate or length takes effect when resuming.
     """
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return LambdaLR(optimizer, lambda done: factor(section, num_steps, done), last_epoch=step - 1)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [partial(factor, section, rate, num_steps) for rate in rates])
+
+
+def seek(scheduler: LambdaLR, step: int) -> None:
+    """Puts a scheduler and its optimizer's rates where they are after ``step`` finished optimizer steps."""
+    scheduler.last_epoch = step
+    rates = [base * factor_at(step) for base, factor_at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates  # pyright: ignore[reportPrivateUsage]  (what get_last_lr() returns)
