@@ -1,0 +1,300 @@
+"""Reads the entries of the data backend file into datasets and the text cache."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.config import deprecated
+from simpletuner.config.backends import DatasetConfig, TextCacheConfig
+from simpletuner.config.errors import suggestion
+from simpletuner.config.fields import Json
+from simpletuner.config.files import Places
+from simpletuner.config.findings import Findings
+from simpletuner.config.sections import DataSection, RunSection
+from simpletuner.config.values import bare_key, build, fill, number, tidy
+
+_SIZES = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
+_INHERITED = (
+    *_SIZES,
+    "resolution_type",
+    "aspect_bucket_rounding",
+    "caption_strategy",
+    "instance_prompt",
+    "vae_batch_size",
+    "write_batch_size",
+    "vae_cache_disable",
+)
+_ENTRY_KEYS = frozenset({"disabled", "default", "cache_dir", "text_embeds", "image_embeds", "aspect_bucket_alignment"})
+_DATASET_KEYS = frozenset(DatasetConfig.model_fields) - {"options", "alignment"} | _ENTRY_KEYS
+_TEXT_KEYS = frozenset({"id", "type", "dataset_type", "disabled", "default", "cache_dir", "write_batch_size"})
+_DATASET_TYPES = ("image", "text_embeds", "image_embeds")
+_LARGEST_AREA_MEGAPIXELS = 16.0
+"""A size up to here is read as megapixels, one above as pixels: nobody trains on 16 px or on 17 megapixels."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the datasets inherit and where their paths are looked for."""
+
+    data: DataSection
+    run: RunSection
+    model_family: str
+    places: Places
+    environ: Mapping[str, str]
+    explicit: frozenset[str]
+    label: str
+    """The file, as the user named it, for messages."""
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder of all caches."""
+        return self.run.cache_dir or self.run.output_dir / "cache"
+
+
+def sized(value: float, resolution_type: str) -> float:
+    """Returns a size in the unit of the resolution type, where it was written in the other one."""
+    if resolution_type == "area":
+        return value if value <= _LARGEST_AREA_MEGAPIXELS else value * value / 1e6
+    return value if value > _LARGEST_AREA_MEGAPIXELS else math.sqrt(value * 1e6)
+
+
+def read_datasets(
+    entries: Json, context: Context, findings: Findings
+) -> tuple[tuple[DatasetConfig, ...], TextCacheConfig]:
+    """Returns the enabled image datasets and the text cache; every mistake becomes a problem."""
+    by_type: dict[str, list[dict[str, Json]]] = {kind: [] for kind in _DATASET_TYPES}
+    ids: set[str] = set()
+    if not isinstance(entries, list):
+        findings.problems.append(f"{context.label}: the file must hold a list of datasets: [{{...}}, ...]")
+        entries = []
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            findings.problems.append(f"{context.label}: entry {index + 1} is not an object")
+            continue
+        tidied = _tidied(entry, index, context, findings)
+        if tidied is None:
+            continue
+        if str(tidied["id"]) in ids:
+            findings.problems.append(f"{context.label}: the id '{tidied['id']}' is used twice; ids must differ")
+        ids.add(str(tidied["id"]))
+        by_type[str(tidied.get("dataset_type", "image"))].append(tidied)
+    text_cache = _text_cache(by_type["text_embeds"], context, findings)
+    datasets = tuple(_dataset(entry, by_type, context, findings) for entry in by_type["image"])
+    _check_together(datasets, by_type, context, findings)
+    return datasets, text_cache
+
+
+def _tidied(entry: dict[str, Json], index: int, context: Context, findings: Findings) -> dict[str, Json] | None:
+    """Returns an enabled entry of a known type with its placeholders filled, or None."""
+    values = tidy(entry)
+    off = values.pop("disabled", False)
+    if str(off).strip().lower() in ("true", "1", "yes"):
+        return None
+    where = f"{context.label}: entry {index + 1}"
+    if "id" not in values:
+        findings.problems.append(f"{where}: id: required. A name for the dataset")
+        values["id"] = f"entry {index + 1}"
+    where = f"{context.label}: dataset '{values['id']}'"
+    names = {"model_family": context.model_family, "output_dir": str(context.run.output_dir), "id": str(values["id"])}
+    names |= {f"env:{name}": value for name, value in context.environ.items()}
+    values = {key: fill(value, names.get, f"{where}: {key}", findings) for key, value in values.items()}
+    kind = str(values.get("dataset_type", "image"))
+    if kind not in _DATASET_TYPES:
+        reason = deprecated.DATASET_TYPES.get(kind)
+        findings.problems.append(
+            f"{where}: dataset_type: {reason}"
+            if reason
+            else f"{where}: dataset_type: unknown value '{kind}'{suggestion(kind, _DATASET_TYPES)} "
+            f"({', '.join(_DATASET_TYPES)})"
+        )
+        return None
+    return values
+
+
+def _text_cache(entries: list[dict[str, Json]], context: Context, findings: Findings) -> TextCacheConfig:
+    """Returns the text cache: the default entry, the only entry, or one that is made."""
+    fallback = context.cache_dir / "text" / context.model_family
+    if not entries:
+        return TextCacheConfig(cache_dir=fallback, write_batch_size=context.data.write_batch_size)
+    defaults = [entry for entry in entries if str(entry.get("default", False)).lower() in ("true", "1")]
+    listed = ", ".join(f"'{entry['id']}'" for entry in defaults or entries)
+    if len(defaults) > 1:
+        findings.problems.append(f"{context.label}: several default text caches: {listed}; keep one `default: true`")
+    elif len(entries) > 1 and not defaults:
+        findings.problems.append(f"{context.label}: several text caches and no default: {listed}; set `default: true`")
+    for entry in entries:
+        where = f"{context.label}: dataset '{entry['id']}'"
+        _refuse_unknown(entry, _TEXT_KEYS, where, findings)
+    chosen = (defaults or entries)[0]
+    unused = [f"'{entry['id']}'" for entry in entries if entry is not chosen]
+    if unused:
+        findings.notices.append(f"text caches {', '.join(unused)} are not used: '{chosen['id']}' serves all datasets")
+    directory = str(chosen.get("cache_dir") or fallback)
+    values: dict[str, Json] = {
+        "id": chosen["id"],
+        "cache_dir": str(context.places.written(directory)),
+        "write_batch_size": chosen.get("write_batch_size", context.data.write_batch_size),
+    }
+    return build(TextCacheConfig, values, f"{context.label}: dataset '{chosen['id']}': ", findings)
+
+
+def _refuse_unknown(entry: dict[str, Json], known: frozenset[str], where: str, findings: Findings) -> None:
+    """Takes the keys that are not known out of an entry: each is a problem, or a notice by the written table."""
+    for key in [key for key in entry if key not in known]:
+        value = entry.pop(key)
+        if not deprecated.judge(key, value, deprecated.DATASET_KEYS, f"{where}: ", findings):
+            findings.problems.append(f"{where}: {key}: unknown key{suggestion(key, known)}")
+
+
+def _dataset(
+    entry: dict[str, Json], by_type: dict[str, list[dict[str, Json]]], context: Context, findings: Findings
+) -> DatasetConfig:
+    """Returns one image dataset with everything that it inherits."""
+    where = f"{context.label}: dataset '{entry['id']}'"
+    own = dict(entry)
+    kind = str(own.get("type", "local"))
+    options: dict[str, Json] = {}
+    if kind == "local":
+        _refuse_unknown(own, _DATASET_KEYS, where, findings)
+    else:  # the keys of another backend are checked by that backend
+        options = {key: own.pop(key) for key in list(own) if key not in _DATASET_KEYS}
+    if "aspect_bucket_alignment" in own:
+        own["alignment"] = own.pop("aspect_bucket_alignment")
+    deprecated.replace_values(own, f"{where}: ", findings)
+    rounding_is_alignment(own, "alignment", f"{where}: ", findings)
+    values = _inherited(own, context) | {key: value for key, value in own.items() if key not in _ENTRY_KEYS}
+    _sizes_in_unit(values, own, where, findings)
+    values["options"] = options
+    values["cache_dir_vae"] = str(_latent_folder(own, by_type, context, findings, where))
+    if kind == "local":
+        _resolve_folder(values, context, where, findings)
+    dataset = build(DatasetConfig, values, f"{where}: ", findings)
+    _check_bounds(dataset, where, findings)
+    return dataset
+
+
+def _inherited(own: dict[str, Json], context: Context) -> dict[str, Json]:
+    """Returns what the main config gives to a dataset; sizes of the other unit are converted."""
+    values: dict[str, Json] = {key: getattr(context.data, key) for key in _INHERITED}
+    resolution_type = str(own.get("resolution_type", context.data.resolution_type))
+    for key in _SIZES:
+        size = number(values[key])
+        if size is not None:
+            values[key] = sized(size, resolution_type)
+    values["alignment"] = context.data.aspect_bucket_alignment
+    values["max_num_samples"] = context.data.max_train_samples
+    values["train_batch_size"] = context.run.train_batch_size
+    return values
+
+
+def rounding_is_alignment(values: dict[str, Json], alignment: str, where: str, findings: Findings) -> None:
+    """Reads an aspect_bucket_rounding above 9 as what it must mean: pixels, not decimals."""
+    rounding = number(values.get("aspect_bucket_rounding"))
+    if rounding is None or rounding <= 9:
+        return
+    del values["aspect_bucket_rounding"]
+    values.setdefault(alignment, int(rounding) if rounding.is_integer() else rounding)
+    findings.notices.append(
+        f"{where}aspect_bucket_rounding: {rounding:g} is above 9 decimals, so it is read as an alignment of buckets to "
+        f"{rounding:g} px; aspect_bucket_alignment is the key for that"
+    )
+
+
+def _sizes_in_unit(values: dict[str, Json], own: dict[str, Json], where: str, findings: Findings) -> None:
+    """Converts the sizes that a dataset writes in the other unit than its resolution_type."""
+    resolution_type = str(values["resolution_type"])
+    for key in _SIZES:
+        size = number(own.get(key))
+        if size is None or size <= 0 or sized(size, resolution_type) == size:
+            continue
+        values[key] = sized(size, resolution_type)
+        findings.notices.append(f"{where}: {unit_notice(key, size, resolution_type)}")
+
+
+def unit_notice(key: str, size: float, resolution_type: str) -> str:
+    """Returns the sentence about a size that was written in the other unit."""
+    read = sized(size, resolution_type)
+    if resolution_type == "area":
+        return f"{key}: {size:g} beside resolution_type area is read as the square of {size:g} px: {read:g} megapixels"
+    return f"{key}: {size:g} beside resolution_type {resolution_type} is read as megapixels: {read:.0f} px"
+
+
+def _latent_folder(
+    own: dict[str, Json],
+    by_type: dict[str, list[dict[str, Json]]],
+    context: Context,
+    findings: Findings,
+    where: str,
+) -> Path:
+    """Returns the folder of a dataset's latents: its own key, that of the image_embeds entry it names, or the default."""
+    for kind in ("text_embeds", "image_embeds"):
+        ids = [str(entry["id"]) for entry in by_type[kind]]
+        if kind in own and str(own[kind]) not in ids:
+            findings.problems.append(
+                f"{where}: {kind}: no {kind} entry has the id '{own[kind]}'{suggestion(str(own[kind]), ids)}"
+            )
+    if "cache_dir_vae" in own or "cache_dir" in own:
+        return context.places.written(str(own.get("cache_dir_vae") or own["cache_dir"]))
+    named = [
+        entry
+        for entry in by_type["image_embeds"]
+        if ("image_embeds" in own and entry["id"] == own["image_embeds"])
+        or ("image_embeds" not in own and str(entry.get("default", False)).lower() == "true")
+    ]
+    if named and "cache_dir" in named[0]:
+        return context.places.written(str(named[0]["cache_dir"])) / str(own["id"])
+    return context.cache_dir / "vae" / context.model_family / str(own["id"])
+
+
+def _resolve_folder(values: dict[str, Json], context: Context, where: str, findings: Findings) -> None:
+    """Replaces instance_data_dir by the folder that exists."""
+    written = values.get("instance_data_dir")
+    if written is None:
+        findings.problems.append(f"{where}: instance_data_dir: required. The folder with the images")
+        return
+    found = context.places.find(str(written))
+    if found is None:
+        findings.problems.append(
+            f"{where}: instance_data_dir: there is no folder '{written}' {context.places.looked_at(str(written))}"
+        )
+    elif not found.is_dir():
+        findings.problems.append(f"{where}: instance_data_dir: '{found}' is not a folder")
+    values["instance_data_dir"] = str(found or context.places.written(str(written)))
+
+
+def _check_bounds(dataset: DatasetConfig, where: str, findings: Findings) -> None:
+    """Refuses settings of one dataset that contradict each other."""
+    for low, high in (("minimum_image_size", "maximum_image_size"), ("minimum_aspect_ratio", "maximum_aspect_ratio")):
+        least, most = getattr(dataset, low), getattr(dataset, high)
+        if least is not None and most is not None and least > most:
+            findings.problems.append(f"{where}: {low}: {least:g} is above {high} {most:g}, so no image is left")
+    needs_prompt = dataset.caption_strategy == "instanceprompt" or dataset.prepend_instance_prompt
+    if (needs_prompt or dataset.only_instance_prompt) and not dataset.instance_prompt:
+        findings.problems.append(f"{where}: instance_prompt: required, because captions are to use it")
+    if dataset.crop_aspect == "closest" and dataset.crop and not dataset.crop_aspect_buckets:
+        findings.problems.append(f"{where}: crop_aspect_buckets: required by crop_aspect closest, such as [1.0, 0.75]")
+
+
+def _check_together(
+    datasets: tuple[DatasetConfig, ...],
+    by_type: dict[str, list[dict[str, Json]]],
+    context: Context,
+    findings: Findings,
+) -> None:
+    """Refuses datasets that cannot stand together, and says which options of the main config none of them uses."""
+    if not datasets:
+        findings.problems.append(f"{context.label}: there is no enabled image dataset")
+    elif all(dataset.probability == 0 for dataset in datasets):
+        findings.problems.append(f"{context.label}: probability: it is 0 for every dataset, so none would be seen")
+    owners: dict[Path, str] = {}
+    for dataset in datasets:
+        other = owners.setdefault(dataset.cache_dir_vae, dataset.id)
+        if other != dataset.id:
+            findings.problems.append(
+                f"{context.label}: dataset '{dataset.id}': cache_dir_vae: it is that of '{other}' too; give each its own"
+            )
+    written = [{bare_key(key) for key in entry} for entry in by_type["image"]]
+    unused = [key for key in _INHERITED if key in context.explicit and written and all(key in keys for keys in written)]
+    if unused:
+        findings.notices.append(f"without effect on the datasets, which set their own: {', '.join(unused)}")
