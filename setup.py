@@ -55,11 +55,17 @@ def detect_platform() -> str:
 
 
 def rocm_version(version_file: Path = Path("/opt/rocm/.info/version")) -> str:
-    """Returns "major.minor" of the installed ROCm, or the one that torch 2.13's ROCm wheels are built for."""
+    """Returns "major.minor" of the installed ROCm.
+
+    Raises:
+        SystemExit: It is not written where ROCm's packages write it.
+    """
     try:
-        return ".".join(version_file.read_text(encoding="utf8").split(".")[:2]).strip()
-    except OSError:
-        return "7.1"
+        return ".".join(version_file.read_text(encoding="utf8").strip().split(".")[:2])
+    except OSError as error:
+        raise SystemExit(
+            f"ROCm is here, but {version_file} is not: install torch for it first (https://pytorch.org/get-started)"
+        ) from error
 
 
 def torch_arguments(machine: str, system: str) -> list[str]:
