@@ -12,7 +12,7 @@ from simpletuner.config.fields import Json
 from simpletuner.config.files import Places
 from simpletuner.config.findings import Findings
 from simpletuner.config.sections import DataSection, RunSection
-from simpletuner.config.values import bare_key, build, fill, number, tidy
+from simpletuner.config.values import bare_key, build, fill, number, switch_off, tidy
 
 _SIZES = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
 _INHERITED = (
@@ -163,6 +163,7 @@ def _dataset(
         own["alignment"] = own.pop("aspect_bucket_alignment")
     deprecated.replace_values(own, f"{where}: ", findings)
     rounding_is_alignment(own, "alignment", f"{where}: ", findings)
+    switch_off(own, (*_SIZES[1:], "minimum_aspect_ratio", "maximum_aspect_ratio", "max_num_samples"))
     values = _inherited(own, context) | {key: value for key, value in own.items() if key not in _ENTRY_KEYS}
     _sizes_in_unit(values, own, where, findings)
     values["options"] = options
@@ -227,7 +228,7 @@ def _latent_folder(
     findings: Findings,
     where: str,
 ) -> Path:
-    """Returns the folder of a dataset's latents: its own key, that of the image_embeds entry it names, or the default."""
+    """Returns the folder of a dataset's latents: its own key, below its image_embeds entry, or the default."""
     for kind in ("text_embeds", "image_embeds"):
         ids = [str(entry["id"]) for entry in by_type[kind]]
         if kind in own and str(own[kind]) not in ids:
@@ -292,7 +293,7 @@ def _check_together(
         other = owners.setdefault(dataset.cache_dir_vae, dataset.id)
         if other != dataset.id:
             findings.problems.append(
-                f"{context.label}: dataset '{dataset.id}': cache_dir_vae: it is that of '{other}' too; give each its own"
+                f"{context.label}: dataset '{dataset.id}': cache_dir_vae: '{other}' has the same; give each its own"
             )
     written = [{bare_key(key) for key in entry} for entry in by_type["image"]]
     unused = [key for key in _INHERITED if key in context.explicit and written and all(key in keys for keys in written)]

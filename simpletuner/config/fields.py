@@ -1,8 +1,9 @@
 """How an option is declared: its default, bounds, description and what resuming with another value means."""
 
 import json
+import re
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -30,9 +31,9 @@ class Section(BaseModel):
 
 
 def as_written(value: Json, annotation: Any) -> Json:  # Any: an annotation has no narrower type
-    """Returns a value as the type that it spells: ``"1e3"`` for a number, ``"a,b"`` for a list, ``"k=v"`` for an object.
+    """Returns a value as the type that it spells; what spells nothing stays, for pydantic to refuse.
 
-    What spells nothing is returned as it is, for pydantic to refuse.
+    ``"1e3"`` spells a number, ``"a,b"`` and ``"[1, 2]"`` a list, ``"k=v,k=v"`` and ``"{...}"`` an object.
     """
     kinds = _kinds(annotation)
     if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
@@ -47,7 +48,7 @@ def as_written(value: Json, annotation: Any) -> Json:  # Any: an annotation has 
     if {dict, tuple} & kinds:
         if text[:1] in ("[", "{"):
             return as_json(text)
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
         if tuple in kinds:
             return [] if text.lower() == "none" else list[Json](parts)
         if all("=" in part for part in parts):
@@ -104,3 +105,10 @@ def setting(  # noqa: D417  (bounds are pydantic's own names)
     if inert is not None:
         extra["inert"] = inert
     return Field(default, description=description, json_schema_extra=extra, validate_default=False, **bounds)
+
+
+def rule_of(section: type[Section], key: str, name: Literal["resume", "inert"]) -> str | None:
+    """Returns what ``setting`` was given as ``resume`` or ``inert`` for a field."""
+    extra = section.model_fields[key].json_schema_extra
+    rules = cast(dict[str, str], extra) if isinstance(extra, dict) else {}  # setting() alone writes it
+    return rules.get(name)

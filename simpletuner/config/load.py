@@ -18,7 +18,7 @@ from simpletuner.config.files import BACKEND_NAMES, Places, config_file, default
 from simpletuner.config.findings import Findings
 from simpletuner.config.schema import SECTIONS, Config, section_of
 from simpletuner.config.sections import DataSection, LoraSection, ModelSection, RunSection, ValidationSection
-from simpletuner.config.values import bare_key, build, fill, number, tidy
+from simpletuner.config.values import bare_key, build, fill, number, switch_off, tidy
 
 __all__ = ["default_config_path", "load"]
 
@@ -66,7 +66,7 @@ def load(
         for name, section in SECTIONS.items()
     }
     _resolve_paths(sections, explicit, places, findings)
-    if not explicit & {"max_train_steps", "num_train_epochs"}:
+    if not {key for key in ("max_train_steps", "num_train_epochs") if flat.get(key) is not None}:
         findings.problems.append("max_train_steps: required, or num_train_epochs: how long the run is")
     backend_file, datasets, text_cache = _read_backend(sections, explicit, places, environ, findings)
     findings.raise_problems()
@@ -92,7 +92,7 @@ def _read_flat(
     names = {f"env:{name}": value for name, value in environ.items()}
     flat = {key: fill(value, names.get, key, findings) for key, value in tidy(content).items()}
     deprecated.rename(flat, findings)
-    given = {bare_key(key): value for key, value in overrides.items()}
+    given: dict[str, Json] = {bare_key(key): value for key, value in overrides.items()}
     deprecated.rename(given, findings)
     labels = dict.fromkeys(flat, str(file.name if file else "")) | dict.fromkeys(given, "the command line")
     for key, value in given.items():
@@ -132,9 +132,7 @@ def _understand(flat: dict[str, Json], findings: Findings) -> None:
     """Reads the values that are odd but can mean only one thing, in place, and says so."""
     deprecated.replace_values(flat, "", findings)
     rounding_is_alignment(flat, "aspect_bucket_alignment", "", findings)
-    for key in ("max_train_steps", "num_train_epochs"):  # files that give one of them set the other to 0
-        if (count := number(flat.get(key))) is not None and count in (0, -1):
-            del flat[key]
+    switch_off(flat, (*_SIZES[:3], "snr_gamma", "max_train_samples", "max_train_steps", "num_train_epochs"))
     default = str(DataSection.model_fields["resolution_type"].default)
     resolution_type = str(flat.get("resolution_type", default))
     for key in _SIZES:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
-from simpletuner.config.fields import Json, Resume, Section
+from simpletuner.config.fields import Json, Resume, Section, rule_of
 from simpletuner.config.sections import (
     DataSection,
     DistillationSection,
@@ -74,6 +74,12 @@ class Config(Section):
             values.update(section.model_dump(mode="json"))
         return values
 
+    def default_of(self, key: str) -> Json:
+        """Returns the default of a flat key as a JSON value, as ``flat`` has it."""
+        section = SECTIONS[section_of()[key]]
+        default = section.model_construct().model_dump(mode="json", include={key}, warnings=False)
+        return default.get(key)
+
 
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
@@ -97,9 +103,7 @@ def section_of() -> dict[str, str]:
 
 
 def _rule(key: str, name: Literal["resume", "inert"]) -> str | None:
-    extra = SECTIONS[section_of()[key]].model_fields[key].json_schema_extra
-    value = extra.get(name) if isinstance(extra, dict) else None
-    return value if isinstance(value, str) else None
+    return rule_of(SECTIONS[section_of()[key]], key, name)
 
 
 def resume_rules() -> dict[str, Resume]:

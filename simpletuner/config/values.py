@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
@@ -63,6 +63,13 @@ def number(value: Json) -> float | None:
         return float(value)
     except ValueError:
         return None
+
+
+def switch_off(values: dict[str, Json], keys: Iterable[str]) -> None:
+    """Reads 0 and -1 as "no limit" for the keys, in place: files that set one of two limits set the other to 0."""
+    for key in keys:
+        if number(values.get(key)) in (0, -1):
+            values[key] = None
 
 
 def build(section: type[S], values: dict[str, Json], prefix: str, findings: Findings) -> S:
