@@ -7,7 +7,7 @@ A plug-in file binds ``PLUGIN``, an ``OptimizerPlugin`` or something with its tw
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -81,7 +81,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def _as(kind: type, value: object) -> object | None:
     """Returns the value as the kind, or None when it is not one (``1`` is a number for a float, never for a bool)."""
     if kind is tuple and isinstance(value, list | tuple):
-        numbers = [_as(float, item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        numbers = [_as(float, item) for item in cast("Iterable[object]", value)]
         return None if None in numbers else tuple(numbers)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)

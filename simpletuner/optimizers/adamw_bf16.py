@@ -10,6 +10,9 @@ Both moments are float32: a bf16 second moment cannot decay at beta2 = 0.999, si
 That is 12 bytes a parameter, beside the gradient.
 """
 
+# torch publishes its fused-over-a-list operations under private names only (torch.optim is built on them).
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import optimi
+import optimi  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]  (its own types)
 from torch import Tensor
 
 from simpletuner.config.errors import UserError
@@ -178,7 +178,8 @@ def _parts(members: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     for name, tensor in members.items():
         if part and num_bytes + tensor.nbytes > FILE_BYTES:
             yield part
-            part, num_bytes, seen = {}, 0, set()
+            part, num_bytes = {}, 0
+            seen.clear()
         moved = tensor.detach().cpu().contiguous()
         storage = moved.untyped_storage()
         # safetensors refuses tensors that share memory: slices of a larger one, or one tensor under two names.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ FILE_NAME = "metrics.jsonl"
 class MetricsBuffer:
     """Rows whose tensors stay on their device until ``flush``, which moves all of them in one transfer."""
 
-    _rows: list[dict[str, Tensor | float]] = field(default_factory=list)
+    _rows: list[dict[str, Tensor | float]] = field(default_factory=list[dict[str, Tensor | float]])
 
     def add(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Keeps the 0-d tensors and numbers of a step (as copies: the caller may go on with its accumulators)."""
@@ -48,7 +49,7 @@ def _to_host(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor] | None) -
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
     stacked = torch.stack([t.to(device, dtype, non_blocking=True) for t in tensors])
-    return (stacked if reduce is None else reduce(stacked)).tolist()
+    return cast("list[float]", (stacked if reduce is None else reduce(stacked)).tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def append(path: Path, rows: Sequence[Mapping[str, float]]) -> None:

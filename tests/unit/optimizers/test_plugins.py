@@ -1,0 +1,129 @@
+"""Every optimizer that the config can name, found through the registry."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from simpletuner import registry
+from simpletuner.config.errors import UserError
+from simpletuner.config.schema import OptimizerSection
+from simpletuner.training import checkpoint
+from simpletuner.training.lr_schedulers import make_lr_scheduler, seek
+from simpletuner.training.state_tree import flatten, restore_optimizer, unflatten
+
+NAMES = registry.names("optimizers")
+TARGET = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+def section(name: str, **keys: object) -> OptimizerSection:
+    return OptimizerSection.model_validate({"optimizer": name, "learning_rate": 1e-2, **keys})
+
+
+def build(parameters: list[Parameter], settings: OptimizerSection) -> Optimizer:
+    return registry.load("optimizers", settings.optimizer, "optimizer")(parameters, settings)
+
+
+def descend(parameters: list[Parameter], optimizer: Optimizer, num_steps: int) -> None:
+    """Steps on the distance to TARGET, and to 0 for the second parameter."""
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        loss = (parameters[0] - TARGET).square().mean() + parameters[1].square().mean()
+        loss.backward()
+        optimizer.step()
+
+
+def start() -> list[Parameter]:
+    return [Parameter(torch.full((3, 4), 0.5)), Parameter(torch.ones(5))]
+
+
+def test_the_names_of_the_config_are_there() -> None:
+    assert {"adamw", "adamw_bf16", "optimi-lion", "optimi-adamw", "optimi-stableadamw"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_descends(name: str) -> None:
+    parameters = start()
+    before = (parameters[0] - TARGET).square().mean().item()
+    descend(parameters, build(parameters, section(name)), 150)
+    assert (parameters[0] - TARGET).square().mean().item() < 0.9 * before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_resumed_from_a_checkpoint_equals_the_straight_run(name: str, tmp_path: Path) -> None:
+    settings = section(name, lr_scheduler="cosine", lr_warmup_steps=3)
+
+    def run(parameters: list[Parameter], optimizer: Optimizer, first: int, last: int) -> None:
+        scheduler = make_lr_scheduler(optimizer, settings, 20)
+        seek(scheduler, first)
+        for _ in range(first, last):
+            descend(parameters, optimizer, 1)
+            scheduler.step()
+
+    straight = start()
+    run(straight, build(straight, settings), 0, 20)
+
+    halfway = start()
+    optimizer = build(halfway, settings)
+    run(halfway, optimizer, 0, 9)
+    tensors, rest = flatten(optimizer.state_dict())
+    weights = {str(i): p.detach() for i, p in enumerate(halfway)}
+    path = checkpoint.save(tmp_path, 9, {"weights": weights, "optimizer": tensors}, {"optimizer": rest}, None)
+
+    loaded = checkpoint.load(path)
+    resumed = [Parameter(loaded.tensors["weights"][str(i)].clone()) for i in range(2)]
+    optimizer = build(resumed, settings)
+    restore_optimizer(optimizer, unflatten(loaded.tensors["optimizer"], loaded.state["optimizer"]))
+    run(resumed, optimizer, 9, 20)
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "optimi-adamw"])
+def test_the_adam_keys_are_honoured(name: str) -> None:
+    keys = {"adam_beta1": 0.7, "adam_beta2": 0.8, "adam_weight_decay": 0.25, "adam_epsilon": 1e-3}
+    parameters, reference = start(), start()
+    descend(parameters, build(parameters, section(name, **keys)), 10)
+    theirs = torch.optim.AdamW(reference, lr=1e-2, betas=(0.7, 0.8), weight_decay=0.25, eps=1e-3)
+    descend(reference, theirs, 10)
+    # optimi debiases the betas instead of the moments: the same formula but for the place of epsilon.
+    rtol = 1e-2 if name.startswith("optimi") else 1e-6
+    torch.testing.assert_close(parameters[0], reference[0], rtol=rtol, atol=1e-6)
+
+
+def test_optimizer_config_wins_over_the_adam_keys() -> None:
+    keywords = registry.load("optimizers", "adamw").keywords(
+        section("adamw", adam_beta1=0.5, optimizer_config={"betas": [0.8, 0.9], "amsgrad": True, "eps": 1})
+    )
+    assert keywords == {"lr": 1e-2, "weight_decay": 1e-2, "betas": (0.8, 0.9), "amsgrad": True, "eps": 1.0}
+    assert type(keywords["eps"]) is float
+
+
+def test_lion_keeps_its_own_betas() -> None:
+    optimizer = build(start(), section("optimi-lion", adam_beta2=0.999))
+    assert (optimizer.param_groups[0]["beta1"], optimizer.param_groups[0]["beta2"]) == (0.9, 0.99)
+
+
+def test_wrong_options_are_named_all_at_once() -> None:
+    with pytest.raises(UserError) as raised:
+        build(start(), section("adamw", optimizer_config={"amsgard": True, "eps": "small", "betas": 0.9}))
+    assert raised.value.lines == (
+        "optimizer_config: unknown key 'amsgard' for optimizer 'adamw' - did you mean 'amsgrad'?"
+        " (known: amsgrad, betas, eps, weight_decay)",
+        "optimizer_config: eps is 'small', expected a number",
+        "optimizer_config: betas is 0.9, expected a list of numbers",
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "optimi-adamw"])
+def test_16_bit_weights_without_exact_moments_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="adamw_bf16"):
+        build([Parameter(torch.zeros(2, dtype=torch.bfloat16))], section(name))
+
+
+def test_parameter_groups_keep_their_own_settings() -> None:
+    first, second = start()
+    plugin = registry.load("optimizers", "adamw_bf16")
+    optimizer = plugin([{"params": [first], "weight_decay": 0.0}, {"params": [second]}], section("adamw_bf16"))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 1e-2]
