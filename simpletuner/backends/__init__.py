@@ -1,0 +1,1 @@
+"""Where datasets' files are: one file a kind of place, its name is the dataset's ``type``."""

@@ -1,0 +1,55 @@
+"""What a data backend is: it lists and opens the files of one dataset, and never writes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import BinaryIO, Protocol
+
+from simpletuner import registry
+from simpletuner.config.backends import DatasetConfig
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file as the listing shows it: enough to tell whether it changed, without opening it."""
+
+    path: str
+    """POSIX path relative to the dataset's root: the image's id."""
+    size_bytes: int
+    mtime_ns: int
+    """The latest time that content or name changed; a backend takes whatever cannot be set back by a copy."""
+
+
+class Backend(Protocol):
+    """The files of one dataset."""
+
+    def __init__(self, dataset: DatasetConfig) -> None:
+        """Raises UserError when the place does not exist or cannot be read."""
+        ...
+
+    def list_images(self) -> Iterator[FileEntry]:
+        """Yields the images lazily, in any order; what cannot be read is listed too, and fails when it is opened."""
+        ...
+
+    def open(self, path: str) -> BinaryIO:
+        """Returns the file opened for reading. Raises OSError."""
+        ...
+
+    def read_text(self, path: str) -> str | None:
+        """Returns the content of a UTF-8 file, None when there is none. Raises OSError, UnicodeDecodeError."""
+        ...
+
+
+def is_image(path: str) -> bool:
+    """Returns whether a file's name ends like an image's; hidden files (``._photo.jpg``) are none."""
+    name = PurePosixPath(path)
+    return name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith(".")
+
+
+def open_backend(dataset: DatasetConfig) -> Backend:
+    """Returns the backend of a dataset. Raises UserError when its place cannot be read."""
+    return registry.load("backends", dataset.type, key=f"dataset '{dataset.id}': type")(dataset)

@@ -1,0 +1,75 @@
+"""Images in a folder of this machine."""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from simpletuner.backends._base import FileEntry, is_image
+from simpletuner.config.backends import DatasetConfig
+from simpletuner.config.errors import UserError
+
+
+class Local:
+    """A folder and all folders below it; links are followed, hidden files and folders are passed over."""
+
+    def __init__(self, dataset: DatasetConfig) -> None:
+        """Raises UserError when the folder does not exist."""
+        self._root = dataset.instance_data_dir
+        if self._root == Path():
+            raise UserError(f"dataset '{dataset.id}': instance_data_dir is missing: the folder with the images")
+        if not self._root.is_dir():
+            raise UserError(f"dataset '{dataset.id}': instance_data_dir: there is no folder '{self._root}'")
+
+    def list_images(self) -> Iterator[FileEntry]:
+        """Yields every image once, in an order that depends on the names only."""
+        seen: set[tuple[int, int]] = set()
+        # Linked folders come last, so that a folder reached both ways keeps its real path, and loops end.
+        folders = deque([""])
+        while folders:
+            folder = folders.popleft()
+            try:
+                stat = os.stat(self._root / folder)
+                if (stat.st_dev, stat.st_ino) in seen:
+                    continue
+                seen.add((stat.st_dev, stat.st_ino))
+                entries = sorted(os.scandir(self._root / folder), key=lambda entry: entry.name)
+            except OSError:
+                yield FileEntry(folder or ".", 0, 0)
+                continue
+            below: list[str] = []
+            for entry in entries:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    (folders if entry.is_symlink() else below).append(path)
+                elif is_image(path):
+                    yield from self._file(path, entry)
+            folders.extendleft(reversed(below))
+
+    def _file(self, path: str, entry: os.DirEntry[str]) -> Iterator[FileEntry]:
+        """Yields the entry of a regular file or of a broken link; a pipe or a device would block when opened."""
+        try:
+            stat = entry.stat()
+        except OSError:
+            yield FileEntry(path, 0, 0)
+            return
+        if entry.is_file():
+            # ctime moves with every change of the content, also when a tool sets mtime back (cp -p, rsync -t).
+            yield FileEntry(path, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns))
+
+    def open(self, path: str) -> BinaryIO:
+        """Returns the file opened for reading."""
+        return (self._root / path).open("rb")
+
+    def read_text(self, path: str) -> str | None:
+        """Returns the content of a UTF-8 file (a byte order mark is dropped), or None when there is none."""
+        try:
+            return (self._root / path).read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            return None
+
+
+PLUGIN = Local

@@ -1,0 +1,171 @@
+"""Cached features on disk: safetensors shards of fixed membership, written whole or not at all.
+
+A shard's name is the digest of the keys it was planned for, and its safetensors header lists the keys it holds and
+those whose image turned out bad. So the folder needs no index file that could disagree with it; two processes that write
+the same shard write the same bytes; and what was killed half-way is a temporary file that nothing reads.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from simpletuner.config.errors import UserError
+
+_METADATA = "simpletuner"  # the one metadata entry: safetensors writes several in a random order
+_STALE_SECONDS = 60.0
+_TEMPORARY = ".tmp-"
+
+
+def digest(*parts: str | bytes) -> str:
+    """Returns 32 hexadecimal digits that identify the parts."""
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file so that it is there whole or not at all, whenever the process or the machine stops.
+
+    Raises:
+        UserError: The disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # tells a live writer's file from a dead one's; ends with the process
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.rename(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"cannot write the cache file '{path}': {error.strerror}") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes the temporary files of killed processes; those of live ones are locked and stay."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        try:
+            with path.open("rb") as file:
+                if time.time() - os.fstat(file.fileno()).st_mtime < _STALE_SECONDS:
+                    continue
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except (FileNotFoundError, BlockingIOError):
+            continue
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a store holds."""
+
+    shards: tuple[Path, ...] = ()
+    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """Key -> number of the shard, row in it."""
+    bad: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Key -> why there can be no features for it."""
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Returns the keys, each once and in order, that were never encoded."""
+        return [key for key in dict.fromkeys(keys) if key not in self.rows and key not in self.bad]
+
+
+class Store:
+    """The features of one encoder: all shards in the folder were made under the same fingerprint."""
+
+    def __init__(self, parent: Path, kind: str, fingerprint: str) -> None:
+        """Names the folder; nothing is made before the first write.
+
+        Args:
+            parent: The cache folder that the user chose.
+            kind: What is cached: ``latents`` or ``text``.
+            fingerprint: Digest of all that the features depend on beside their keys.
+        """
+        self.folder = parent / f"{kind}-{fingerprint[:12]}"
+        self.fingerprint = fingerprint
+
+    def index(self) -> Index:
+        """Returns what is there now; reads the header of each shard. Damaged and foreign files count as absent."""
+        shards: list[Path] = []
+        rows: dict[str, tuple[int, int]] = {}
+        bad: dict[str, str] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            held = _read_header(path)
+            if held is None or held["fingerprint"] != self.fingerprint:
+                continue
+            for row, key in enumerate(held["keys"]):
+                rows.setdefault(key, (len(shards), row))
+            bad |= held["bad"]
+            shards.append(path)
+        return Index(tuple(shards), rows, bad)
+
+    def write(
+        self, planned: Sequence[str], rows: Mapping[str, Tensor], keys: Sequence[str], bad: Mapping[str, str]
+    ) -> None:
+        """Writes one shard.
+
+        Args:
+            planned: The keys that the shard was planned for: they are its identity.
+            rows: Name -> [n, ...] features; row i belongs to ``keys[i]``.
+            keys: The n keys that were encoded.
+            bad: Key -> why it could not be encoded.
+        """
+        held = {"fingerprint": self.fingerprint, "keys": list(keys), "bad": dict(bad)}
+        tensors = {name: tensor.contiguous() for name, tensor in rows.items()}
+        data = save(tensors, {_METADATA: json.dumps(held, sort_keys=True)})
+        write_atomically(self.folder / f"{digest(*planned)}.safetensors", lambda file: file.write(data))
+
+
+def _read_header(path: Path) -> dict[str, Any] | None:  # Any: JSON of our own
+    """Returns what a shard says it holds; None for a file that is damaged or none of ours."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                return None
+            header = json.loads(file.read(length))
+            held = json.loads(header.pop("__metadata__")[_METADATA])
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            return held if 8 + length + end == size else None
+    except (OSError, ValueError, KeyError, struct.error):
+        return None
+
+
+class Reader:
+    """Rows of a store's shards; a shard is mapped when it is first needed and stays mapped (no file stays open)."""
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        """Opens nothing yet."""
+        self._shards = shards
+        self._open: dict[int, Any] = {}  # Any: safetensors has no types for its handle
+
+    def row(self, shard: int, row: int) -> dict[str, Tensor]:
+        """Returns the features [...] of one entry by name."""
+        if shard not in self._open:
+            self._open[shard] = safe_open(self._shards[shard], framework="pt")
+        handle = self._open[shard]
+        return {name: cast(Tensor, handle.get_slice(name)[row]) for name in cast("list[str]", handle.keys())}

@@ -1,0 +1,222 @@
+"""What identifies cached features: the content of files, what is done to them, and who encodes them."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from simpletuner.backends._base import Backend, open_backend
+from simpletuner.batch import Cond
+from simpletuner.config.backends import DatasetConfig, TextCacheConfig
+from simpletuner.data.buckets import Bucket, assign
+from simpletuner.data.cache import Store, digest, write_atomically
+from simpletuner.data.geometry import Geometry, geometry
+from simpletuner.data.manifest import Manifest, Progress, manifest_path, write_manifest
+from simpletuner.data.transforms import TRANSFORM_VERSION
+
+_FORMAT = "1"  # of what a shard holds
+_NUM_READERS = 16
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class FeatureEncoder(Protocol):
+    """What caching needs from a model family (``families._base.ModelFamily`` offers more)."""
+
+    def load_encoders(
+        self,
+        source: Any,  # Any: the family's own ModelSource
+        device: torch.device,
+        dtype: torch.dtype,
+        parts: frozenset[Literal["vae", "text"]],
+        vae_dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        """Returns the encoders of the parts, on the device."""
+        ...
+
+    def encode_image(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns posterior mean and standard deviation [B, C, h, w] of pixels [B, 3, H, W]."""
+        ...
+
+    def encode_prompt(self, encoders: Any, prompts: list[str]) -> Cond:
+        """Returns the text features of B prompts."""
+        ...
+
+    def fingerprint(self, source: Any, part: Literal["vae", "text"]) -> str:
+        """Returns a digest of the files that the part's features depend on."""
+        ...
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Returns (C, h, w) of a picture's latents."""
+        ...
+
+    def cond_bytes(self, bytes_per_number: int) -> int:
+        """Returns the size of one prompt's features in the cache."""
+        ...
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Who encodes, from which files, how."""
+
+    family: FeatureEncoder
+    source: Any  # Any: the family's own ModelSource
+    device: torch.device = torch.device("cpu")
+    vae_dtype: torch.dtype = torch.float32
+    text_dtype: torch.dtype = torch.float32
+
+    def latent_store(self, dataset: DatasetConfig) -> Store:
+        """Returns where the latents of a dataset are."""
+        vae = self.family.fingerprint(self.source, "vae")
+        return Store(dataset.cache_dir_vae, "latents", digest(_FORMAT, vae, str(self.vae_dtype), TRANSFORM_VERSION))
+
+    def text_store(self, text_cache: TextCacheConfig) -> Store:
+        """Returns where the text features are."""
+        text = self.family.fingerprint(self.source, "text")
+        return Store(text_cache.cache_dir, "text", digest(_FORMAT, text, str(self.text_dtype)))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which part of the work is this process's; every rank calls the same functions in the same order."""
+
+    rank: int = 0
+    world: int = 1
+    barrier: Callable[[], object] = lambda: None
+    """Returns when all ranks have called it."""
+
+
+def text_key(caption: str) -> str:
+    """Returns the key of a caption's features."""
+    return digest(caption)
+
+
+def latent_key(content: str, cut: Geometry) -> str:
+    """Returns the key of an image's latents: what is in the file, and what is done to it."""
+    return digest(content, cut.key)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyedBucket:
+    """A bucket with the keys of its latents."""
+
+    bucket: Bucket
+    keys: tuple[str, ...]
+    """One an entry; "" where the content is not known."""
+    geometry: npt.NDArray[np.float32]
+    """[n, 6] original height, width; crop top, left; target height, width."""
+
+
+def keyed_buckets(manifest: Manifest) -> list[KeyedBucket]:
+    """Returns the buckets of a manifest with the keys of their latents."""
+    dataset, rows = manifest.dataset, manifest.rows
+    paths, digests = rows["path"].to_pylist(), rows["digest"].to_pylist()
+    widths, heights = rows["width"].to_pylist(), rows["height"].to_pylist()
+    cuts: dict[tuple[int, int], Geometry] = {}  # the same for all images of a size, unless crops are random
+
+    def cut_of(row: int) -> Geometry:
+        if dataset.crop_style == "random":
+            return geometry(dataset, paths[row], widths[row], heights[row])
+        size = widths[row], heights[row]
+        if size not in cuts:
+            cuts[size] = geometry(dataset, "", *size)
+        return cuts[size]
+
+    found: list[KeyedBucket] = []
+    for bucket in assign(manifest):
+        members = [(digests[row], cut_of(row)) for row in bucket.entries.tolist()]
+        keys = tuple(latent_key(content, cut) if content else "" for content, cut in members)
+        found.append(KeyedBucket(bucket, keys, np.asarray([cut.numbers for _, cut in members], np.float32)))
+    return found
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int
+) -> Iterator[Result]:
+    """Yields function(item) in order, with at most ``window`` of them under way or waiting to be taken."""
+    remaining = iter(items)
+    waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(remaining, window))
+    try:
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
+            yield result
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def identify(manifest: Manifest, ranks: Ranks, progress: Progress | None = None) -> Manifest:
+    """Returns the manifest with the content digest of every image; reads the files that have none yet.
+
+    Ranks share the reading, and pass what they found on through files beside the manifest. A file that cannot be read
+    keeps the digest "".
+    """
+    rows = manifest.rows
+    known, paths = rows["digest"].to_pylist(), rows["path"].to_pylist()
+    unknown = [path for path, content in zip(paths, known, strict=True) if not content]
+    found = _read_digests(manifest.dataset, unknown[ranks.rank :: ranks.world], progress)
+    if ranks.world > 1:
+        found = _exchange(manifest.dataset, found, ranks)
+    if not found:
+        return manifest
+    files = _with_digests(manifest.files, found)
+    if ranks.rank == 0 and manifest.complete:
+        write_manifest(manifest.dataset, files)
+    return replace(manifest, rows=_with_digests(rows, found), files=files)
+
+
+def _read_digests(dataset: DatasetConfig, paths: list[str], progress: Progress | None) -> dict[str, str]:
+    """Returns path -> digest of the content."""
+    if not paths:
+        return {}
+    backend = open_backend(dataset)
+    found: dict[str, str] = {}
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        for path, content in zip(paths, ahead(pool, lambda path: _content(backend, path), paths, 64), strict=True):
+            found[path] = content
+            if progress and (len(found) % 100 == 0 or len(found) == len(paths)):
+                progress(len(found), len(paths), f"{dataset.id}: reading files")
+    return found
+
+
+def _content(backend: Backend, path: str) -> str:
+    """Returns the digest of a file's content; "" when it cannot be read."""
+    try:
+        with backend.open(path) as file:
+            return digest(file.read())
+    except OSError:
+        return ""
+
+
+def _exchange(dataset: DatasetConfig, mine: dict[str, str], ranks: Ranks) -> dict[str, str]:
+    """Returns what all ranks found."""
+    parts = [manifest_path(dataset).with_suffix(f".part{rank}") for rank in range(ranks.world)]
+    table = pa.table({"path": pa.array(list(mine), pa.string()), "digest": pa.array(list(mine.values()), pa.string())})
+    write_atomically(parts[ranks.rank], lambda file: pq.write_table(table, file))
+    ranks.barrier()
+    found: dict[str, str] = {}
+    for part in parts:
+        with part.open("rb") as file:
+            held = pq.read_table(file)
+        found |= dict(zip(held["path"].to_pylist(), held["digest"].to_pylist(), strict=True))
+    ranks.barrier()
+    parts[ranks.rank].unlink()
+    return found
+
+
+def _with_digests(table: pa.Table, found: dict[str, str]) -> pa.Table:
+    """Returns the table with the digests filled in."""
+    pairs = zip(table["path"].to_pylist(), table["digest"].to_pylist(), strict=True)
+    column = pa.array([found.get(path) or before for path, before in pairs], pa.string())
+    return table.set_column(table.schema.get_field_index("digest"), "digest", column)

@@ -1,0 +1,320 @@
+"""Fills the caches: latents as posterior mean and standard deviation, and text features, each encoded once.
+
+What to encode is decided from the full ordered list of what is missing, in shards of fixed membership that are encoded
+in fixed inner batches (encoders give slightly different numbers for other batch sizes). Finished shards drop out of that
+list whole, so a killed run goes on to the very bytes of an undisturbed one.
+
+Shapes: B inner batch, C latent channels, h w latent size, H W pixels.
+"""
+
+import gc
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simpletuner.backends._base import Backend, open_backend
+from simpletuner.batch import Cond
+from simpletuner.config.backends import DatasetConfig, TextCacheConfig
+from simpletuner.config.errors import UserError
+from simpletuner.data.cache import Index, Reader, Store, digest, remove_stale
+from simpletuner.data.captions import read_captions
+from simpletuner.data.geometry import Size, geometry
+from simpletuner.data.identity import Encoding, KeyedBucket, Ranks, ahead, identify, keyed_buckets, text_key
+from simpletuner.data.manifest import Manifest, Progress, scan
+from simpletuner.data.transforms import BadImage, open_rgb, to_pixels
+
+_NUM_DECODERS = max(2, min(16, os.cpu_count() or 1))
+_DECODED_BATCHES = 3  # inner batches that decoding is ahead of encoding
+_TEXT_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cached features of all datasets; the same on all ranks."""
+
+    manifests: tuple[Manifest, ...]
+    buckets: tuple[tuple[KeyedBucket, ...], ...]
+    """One tuple a manifest."""
+    latents: tuple[Index, ...]
+    """One a manifest."""
+    text: Index
+    text_reader: Reader = field(repr=False)
+
+    def prompt(self, text: str) -> Cond:
+        """Returns the features [1, ...] of a caption or prompt that was encoded. Raises KeyError for another."""
+        row = self.text_reader.row(*self.text.rows[text_key(text)])
+        return {name: value.unsqueeze(0) for name, value in row.items()}
+
+
+@dataclass(frozen=True)
+class Outstanding:
+    """What one cache holds and lacks, as far as it can be told without reading images."""
+
+    what: str
+    """``latents`` or ``text``."""
+    id: str
+    """Of the dataset or of the text cache."""
+    folder: Path
+    total: int
+    missing: int
+    """At most so many: an image whose content was never read may turn out to be cached."""
+    total_bytes: int
+    missing_bytes: int
+
+
+def prepare(
+    datasets: Iterable[DatasetConfig], ranks: Ranks | None = None, progress: Progress | None = None
+) -> list[Manifest]:
+    """Returns the manifests of the datasets with captions; rank 0 scans, the others read what it wrote."""
+    ranks = ranks or Ranks()
+    datasets = list(datasets)
+    manifests = [scan(dataset, progress=progress) for dataset in datasets] if ranks.rank == 0 else []
+    ranks.barrier()
+    if ranks.rank > 0:
+        manifests = [scan(dataset.model_copy(update={"skip_file_discovery": True})) for dataset in datasets]
+    return [read_captions(manifest) for manifest in manifests]
+
+
+def precompute(
+    manifests: Sequence[Manifest],
+    text_cache: TextCacheConfig,
+    encoding: Encoding,
+    prompts: Iterable[str] = (),
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
+) -> Cache:
+    """Returns the caches with everything in them; an encoder is loaded only when something is missing, and then freed.
+
+    Args:
+        manifests: With captions (``prepare``).
+        text_cache: Where text features go.
+        encoding: Who encodes.
+        prompts: To encode beside the captions; the empty prompt always is.
+        ranks: The share of this process; None: everything.
+        progress: Told what was encoded by this rank.
+
+    Raises:
+        UserError: An encoder gives numbers that are not finite, a cache folder cannot be written, or no image of a
+            dataset could be decoded.
+    """
+    ranks = ranks or Ranks()
+    manifests = tuple(identify(manifest, ranks, progress) for manifest in manifests)
+    buckets = tuple(tuple(keyed_buckets(manifest)) for manifest in manifests)
+    stores = [encoding.latent_store(manifest.dataset) for manifest in manifests]
+    text_store = encoding.text_store(text_cache)
+    for store in (*stores, text_store):
+        remove_stale(store.folder)
+    texts = {text_key(text): text for text in _texts(manifests, prompts)}
+    plan = zip(stores, manifests, buckets, strict=True)
+    shards = [shard for store, manifest, kept in plan for shard in _missing_latents(store, manifest, kept)]
+    # Datasets that share a folder may share images too.
+    shards = list({(shard.store.folder, digest(*shard.keys)): shard for shard in shards}.values())
+    missing = text_store.index().missing(texts)
+    chunks = _chunks(missing, text_cache.write_batch_size)
+    ranks.barrier()  # all have planned from the same state; only now may it change
+    _encode_latents(shards[ranks.rank :: ranks.world], encoding, progress)
+    _encode_text(chunks[ranks.rank :: ranks.world], texts, text_store, encoding, progress)
+    ranks.barrier()
+    text = text_store.index()
+    latents = tuple(store.index() for store in stores)
+    for manifest, kept, index in zip(manifests, buckets, latents, strict=True):
+        _require_latents(manifest, kept, index)
+    return Cache(manifests, buckets, latents, text, Reader(text.shards))
+
+
+def outstanding(
+    manifests: Sequence[Manifest], text_cache: TextCacheConfig, encoding: Encoding, prompts: Iterable[str] = ()
+) -> list[Outstanding]:
+    """Returns what each cache lacks and how large it gets; loads no weights, reads no image, writes nothing."""
+    family = encoding.family
+    found: list[Outstanding] = []
+    for manifest in manifests:
+        store = encoding.latent_store(manifest.dataset)
+        index = store.index()
+        total = missing = total_bytes = missing_bytes = 0
+        for kept in keyed_buckets(manifest):
+            absent = sum(1 for key in kept.keys if not key or (key not in index.rows and key not in index.bad))
+            size_bytes = prod(family.latent_shape(*kept.bucket.target)) * 2 * torch.float32.itemsize  # mean and std
+            total, total_bytes = total + len(kept.keys), total_bytes + len(kept.keys) * size_bytes
+            missing, missing_bytes = missing + absent, missing_bytes + absent * size_bytes
+        found.append(
+            Outstanding("latents", manifest.dataset.id, store.folder, total, missing, total_bytes, missing_bytes)
+        )
+    store = encoding.text_store(text_cache)
+    keys = [text_key(text) for text in _texts(manifests, prompts)]
+    missing, size_bytes = len(store.index().missing(keys)), family.cond_bytes(encoding.text_dtype.itemsize)
+    total = len(set(keys))
+    found.append(
+        Outstanding("text", text_cache.id, store.folder, total, missing, total * size_bytes, missing * size_bytes)
+    )
+    return found
+
+
+def _texts(manifests: Iterable[Manifest], prompts: Iterable[str]) -> Iterator[str]:
+    """Yields the empty prompt, the extra ones, and all captions in order."""
+    yield ""
+    yield from prompts
+    for manifest in manifests:
+        yield from manifest.rows["captions"].combine_chunks().flatten().to_pylist()
+
+
+def _chunks(keys: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The latents of one file: images of one bucket, in order."""
+
+    store: Store
+    manifest: Manifest
+    target: Size
+    keys: Sequence[str]
+    rows: Sequence[int]
+
+
+def _missing_latents(store: Store, manifest: Manifest, buckets: Iterable[KeyedBucket]) -> Iterator[_Shard]:
+    """Yields the shards to encode: the missing latents of each bucket, ``write_batch_size`` to a shard."""
+    index = store.index()
+    for kept in buckets:
+        row_of = dict(zip(reversed(kept.keys), reversed(kept.bucket.entries.tolist()), strict=True))
+        for keys in _chunks(index.missing(filter(None, kept.keys)), manifest.dataset.write_batch_size):
+            yield _Shard(store, manifest, kept.bucket.target, keys, [row_of[key] for key in keys])
+
+
+def _encode_latents(shards: Sequence[_Shard], encoding: Encoding, progress: Progress | None) -> None:
+    """Encodes and writes shards; images are decoded by other threads meanwhile."""
+    if not shards:
+        return
+    family = encoding.family
+    encoders = family.load_encoders(
+        encoding.source, encoding.device, encoding.text_dtype, frozenset({"vae"}), encoding.vae_dtype
+    )
+    total, done = sum(len(shard.keys) for shard in shards), 0
+    window = _DECODED_BATCHES * max(shard.manifest.dataset.vae_batch_size for shard in shards)
+    backends: dict[str, Backend] = {}
+    for shard in shards:
+        backends.setdefault(shard.manifest.dataset.id, open_backend(shard.manifest.dataset))
+    jobs = ((shard, row) for shard in shards for row in shard.rows)
+    with ThreadPoolExecutor(_NUM_DECODERS) as pool:
+        decoded = ahead(pool, lambda job: _decode(backends[job[0].manifest.dataset.id], *job), jobs, window)
+        for shard in shards:
+            for count in _encode_shard(shard, decoded, encoding, encoders):
+                done += count
+                if progress:
+                    progress(done, total, f"{shard.manifest.dataset.id}: encoding images")
+    del encoders
+    _free(encoding.device)
+
+
+def _decode(backend: Backend, shard: _Shard, row: int) -> Tensor | str | None:
+    """Returns the pixels [3, H, W] of an image, why it is bad, or None when it cannot be read now."""
+    entry = shard.manifest.rows.slice(row, 1).to_pylist()[0]
+    try:
+        with backend.open(entry["path"]) as file:
+            content = file.read()
+    except OSError:
+        return None
+    if digest(content) != entry["digest"]:
+        return None  # it was changed since it was identified: the next start finds it under its new key
+    try:
+        cut = geometry(shard.manifest.dataset, entry["path"], entry["width"], entry["height"])
+        return to_pixels(open_rgb(io.BytesIO(content)), cut)
+    except BadImage as error:
+        return str(error)
+
+
+def _encode_shard(
+    shard: _Shard, decoded: Iterator[Tensor | str | None], encoding: Encoding, encoders: Any
+) -> Iterator[int]:
+    """Writes one shard; yields how many images each inner batch has dealt with."""
+    kept: list[str] = []
+    bad: dict[str, str] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for keys in _chunks(shard.keys, shard.manifest.dataset.vae_batch_size):
+        images = [next(decoded) for _ in keys]
+        good = [number for number, image in enumerate(images) if isinstance(image, Tensor)]
+        bad |= {key: image for key, image in zip(keys, images, strict=True) if isinstance(image, str)}
+        if good:
+            # Black stands in for a bad image: the others are encoded in a batch of the same size as without it.
+            blank = torch.zeros(3, shard.target[1], shard.target[0])
+            pixels = torch.stack([image if isinstance(image, Tensor) else blank for image in images])
+            for name, values in _posterior(pixels, encoding, encoders).items():
+                parts.setdefault(name, []).append(values[good])
+            kept.extend(keys[number] for number in good)
+            _require_finite(shard, keys, good, [values[-1] for values in parts.values()])
+        yield len(keys)
+    shard.store.write(shard.keys, {name: torch.cat(values) for name, values in parts.items()}, kept, bad)
+
+
+def _posterior(pixels: Tensor, encoding: Encoding, encoders: Any) -> dict[str, Tensor]:
+    """Returns mean and, where the encoder has one, std, [B, C, h, w] on the CPU."""
+    with torch.no_grad():
+        mean, std = encoding.family.encode_image(encoders, pixels.to(encoding.device))
+    moments = {"mean": mean} if std is None else {"mean": mean, "std": std}
+    return {name: values.detach().cpu() for name, values in moments.items()}
+
+
+def _require_finite(shard: _Shard, keys: Sequence[str], good: Sequence[int], moments: Sequence[Tensor]) -> None:
+    """Raises UserError naming the first image whose latents are not numbers."""
+    for row, number in enumerate(good):
+        if not all(bool(values[row].isfinite().all()) for values in moments):
+            path = shard.manifest.rows["path"][shard.rows[shard.keys.index(keys[number])]].as_py()
+            raise UserError(
+                f"dataset '{shard.manifest.dataset.id}': the VAE gives NaN or infinity for '{path}': "
+                "set vae_dtype to fp32 or bf16 (some VAEs overflow in fp16)"
+            )
+
+
+def _encode_text(
+    chunks: Sequence[Sequence[str]], texts: dict[str, str], store: Store, encoding: Encoding, progress: Progress | None
+) -> None:
+    """Encodes and writes shards of text features."""
+    if not chunks:
+        return
+    family = encoding.family
+    encoders = family.load_encoders(
+        encoding.source, encoding.device, encoding.text_dtype, frozenset({"text"}), encoding.vae_dtype
+    )
+    total, done = sum(len(keys) for keys in chunks), 0
+    for shard in chunks:
+        parts: dict[str, list[Tensor]] = {}
+        for keys in _chunks(shard, _TEXT_BATCH_SIZE):
+            with torch.no_grad():
+                cond = family.encode_prompt(encoders, [texts[key] for key in keys])
+            for name, values in cond.items():
+                if values.is_floating_point() and not bool(values.isfinite().all()):
+                    raise UserError("the text encoder gives NaN or infinity: set mixed_precision to bf16 or no")
+                parts.setdefault(name, []).append(values.detach().cpu())
+            done += len(keys)
+            if progress:
+                progress(done, total, "encoding captions")
+        store.write(shard, {name: torch.cat(values) for name, values in parts.items()}, shard, {})
+    del encoders
+    _free(encoding.device)
+
+
+def _free(device: torch.device) -> None:
+    """Gives the memory of an encoder that nothing refers to any more back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _require_latents(manifest: Manifest, buckets: Iterable[KeyedBucket], index: Index) -> None:
+    """Raises UserError when not one image of a dataset could be encoded."""
+    keys = [key for kept in buckets for key in kept.keys]
+    if not any(key in index.rows for key in keys):
+        reasons = sorted({index.bad.get(key, "cannot be read") for key in keys})
+        raise UserError(
+            f"dataset '{manifest.dataset.id}': instance_data_dir: none of its {len(keys)} images can be used: "
+            f"{', '.join(reasons)}"
+        )
