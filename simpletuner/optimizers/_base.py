@@ -34,6 +34,8 @@ class OptimizerPlugin:
     """Keys that ``optimizer_config`` may hold, with their types (``tuple`` is a list of numbers)."""
     adam: bool = True
     """Whether ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` mean something to it."""
+    trains_bf16: bool = False
+    """Whether bfloat16 weights lose nothing of their updates under it, so that a full model may be bfloat16."""
 
     def __call__(self, parameters: Iterable[Parameter | Mapping[str, Any]], section: OptimizerSection) -> Optimizer:
         """Returns the optimizer over the parameters (or groups of them) with the section's hyper-parameters.

@@ -175,4 +175,4 @@ def _create(groups: Groups, options: Options) -> AdamWBF16:
     return AdamWBF16(groups, **options)
 
 
-PLUGIN = OptimizerPlugin(_create)
+PLUGIN = OptimizerPlugin(_create, trains_bf16=True)

@@ -113,7 +113,7 @@ def find(root: Path, wanted: str) -> Path | None:
     existing = _checkpoints(root)
     if wanted == "latest":
         return existing[-1] if existing else None
-    for path in (root / wanted, Path(wanted)):
+    for path in (root / wanted, Path(wanted).expanduser()):
         if (path / STATE_FILE).is_file():
             return path
     names = ", ".join(p.name for p in existing) or "none"

@@ -11,6 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from simpletuner.config.errors import UserError
+
 Row = dict[str, float]
 """The numbers of one step; ``step`` counts finished optimizer steps."""
 
@@ -60,7 +62,11 @@ def append(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Returns the file's rows (null as NaN), without a last line that a killed run left torn; no file is no rows."""
+    """Returns the file's rows (null as NaN), without a last line that a killed run left torn; no file is no rows.
+
+    Raises:
+        UserError: Another line is damaged.
+    """
     if not path.exists():
         return []
     rows: list[Row] = []
@@ -68,10 +74,10 @@ def read(path: Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise
+            raise UserError(f"{path}: line {number} is damaged; mend or delete the line") from error
         rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -37,8 +36,11 @@ def _flatten(node: object, path: str, tensors: dict[str, Tensor]) -> Json:
     if isinstance(node, Tensor):
         if type(node) not in (Tensor, Parameter):
             raise TypeError(f"{path or 'state'}: a {type(node).__name__} cannot be saved as plain tensors")
-        tensors[path or "tensor"] = node.detach()
-        return {_TENSOR: path or "tensor"}
+        name = path or "tensor"
+        while name in tensors:  # {"a.b": ..., "a": {"b": ...}} and {1: ..., "1": ...} have children of one path
+            name += "'"
+        tensors[name] = node.detach()
+        return {_TENSOR: name}
     if isinstance(node, Mapping):
         items = cast("Mapping[object, object]", node).items()
         if any(type(key) not in (str, int) for key, _ in items):
@@ -87,8 +89,3 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
-def dtypes(tree: object) -> set[torch.dtype]:
-    """Returns the dtypes of all tensors in a tree."""
-    return {tensor.dtype for tensor in flatten(tree)[0].values()}

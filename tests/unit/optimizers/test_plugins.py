@@ -72,12 +72,14 @@ def test_a_run_resumed_from_a_checkpoint_equals_the_straight_run(name: str, tmp_
     weights = {str(i): p.detach() for i, p in enumerate(halfway)}
     path = checkpoint.save(tmp_path, 9, {"weights": weights, "optimizer": tensors}, {"optimizer": rest}, None)
 
+    files = {file: file.read_bytes() for file in path.iterdir()}
     loaded = checkpoint.load(path)
     resumed = [Parameter(loaded.tensors["weights"][str(i)].clone()) for i in range(2)]
     optimizer = build(resumed, settings)
     restore_optimizer(optimizer, unflatten(loaded.tensors["optimizer"], loaded.state["optimizer"]))
     run(resumed, optimizer, 9, 20)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    assert files == {file: file.read_bytes() for file in path.iterdir()}  # tensors are mapped from there
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "optimi-adamw"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from simpletuner.config.errors import UserError
 from simpletuner.training import metrics
 from simpletuner.training.metrics import MetricsBuffer
 
@@ -83,5 +84,5 @@ def test_truncation_without_a_file_is_nothing(tmp_path: Path) -> None:
 def test_damage_in_the_middle_is_not_hidden(tmp_path: Path) -> None:
     path = tmp_path / metrics.FILE_NAME
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(UserError, match="line 2"):
         metrics.read(path)
