@@ -12,7 +12,7 @@ from torch import Tensor
 from simpletuner.quickstart.model import write_model
 
 tiny_sdxl = write_model
-"""``tiny_sdxl(folder, prediction_type="epsilon", seed=0)`` writes a complete diffusers SDXL folder, deterministically."""
+"""``tiny_sdxl(folder, prediction_type="epsilon", seed=0)`` writes a complete diffusers SDXL folder."""
 
 SIZES = ((96, 96), (128, 80), (80, 128), (112, 84), (84, 112))
 
@@ -35,12 +35,13 @@ def tiny_single_file(path: Path, prediction_type: str = "epsilon", seed: int = 0
     from simpletuner.quickstart.model import make_pipeline
 
     pipeline = make_pipeline(prediction_type, seed)
-    state = {
-        **{f"model.diffusion_model.{name}": value for name, value in _unet(pipeline.unet).items()},
-        **{f"first_stage_model.{name}": value for name, value in _vae(pipeline.vae).items()},
-        **{f"conditioner.embedders.0.transformer.{name}": value for name, value in _text(pipeline.text_encoder).items()},
-        **{f"conditioner.embedders.1.model.{name}": value for name, value in _open_clip(pipeline.text_encoder_2).items()},
+    components = {
+        "model.diffusion_model": _unet(pipeline.unet),
+        "first_stage_model": _vae(pipeline.vae),
+        "conditioner.embedders.0.transformer": _text(pipeline.text_encoder),
+        "conditioner.embedders.1.model": _open_clip(pipeline.text_encoder_2),
     }
+    state = {f"{prefix}.{name}": value for prefix, part in components.items() for name, value in part.items()}
     if prediction_type == "v_prediction":
         state["v_pred"] = torch.empty(0)
     path.parent.mkdir(parents=True, exist_ok=True)

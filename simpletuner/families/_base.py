@@ -51,7 +51,7 @@ class Place:
         if local.is_file():
             if local.suffix == ".safetensors":
                 return "file"
-            raise UserError(f"{self.key}: '{self.path}' is no .safetensors file; other formats can hold code: convert it")
+            raise UserError(f"{self.key}: '{self.path}' is no .safetensors file; convert it (pickles can hold code)")
         if _HUB_ID.fullmatch(self.path) and local.suffix not in (".safetensors", ".ckpt"):
             return "hub"
         raise UserError(
@@ -126,25 +126,30 @@ class ModelSource:
         return Place(self.single_file_config or published, "single_file_config")
 
     def check(self, components: Iterable[str]) -> None:
-        """Raises UserError when a folder lacks a component or a path names nothing; downloads nothing."""
+        """Raises UserError when a path names nothing, or a folder lacks a component or its weights; asks no network."""
         for component in components:
             place = self.place(component)
-            if place.kind == "folder" and self.read_json(component, "config.json") is None:
+            if place.kind != "folder":
+                continue
+            if self.read_json(component, "config.json") is None:
                 raise UserError(
                     f"{place.key}: the folder '{place.path}' is no diffusers model: it has no {component}/config.json"
                 )
+            if self.shapes(component) is None:
+                raise UserError(self._no_weights(component))
+
+    def _no_weights(self, component: str) -> str:
+        place = self.place(component)
+        asked = f" of the variant '{place.variant}'" if place.variant else ""
+        return (
+            f"{place.key}: '{place.path}' has no safetensors weights{asked} for its {component}; choose another "
+            "variant, or convert pickled weights: they can hold code and are never loaded"
+        )
 
     def read_json(self, component: str, name: str) -> Json | None:
-        """Returns a JSON file of a component (``""``: of the model itself), or None when it is not on this machine.
-
-        A place that holds the one component only may have its files at the root.
-        """
-        own = self.place(component) != self.main
-        for path in (f"{component}/{name}" if component else name, name if own else None):
-            found = self.place(component).local(path) if path else None
-            if found is not None and found.is_file():
-                return json.loads(found.read_text(encoding="utf8"))
-        return None
+        """Returns a JSON file of a component (``""``: of the model itself), or None when it is not on this machine."""
+        found = self._find(component, [name])
+        return json.loads(found.read_text(encoding="utf8")) if found else None
 
     def fetch(self, component: str, marker: str = "config.json") -> Path:
         """Returns the folder of a component's files (or the single file), downloaded first for a hub id.
@@ -163,43 +168,40 @@ class ModelSource:
         folder = root / component if (root / component).is_dir() or place == self.main else root
         if not (folder / marker).is_file():
             raise UserError(f"{place.key}: '{place.path}' has no {component}/{marker}")
-        if marker == "config.json" and not any(folder.glob("*.safetensors")):
-            raise UserError(
-                f"{place.key}: '{place.path}' has no .safetensors weights for its {component}; "
-                "pickled weights are never loaded: convert them"
-            )
+        if marker == "config.json" and not self.weights(component):
+            raise UserError(self._no_weights(component))
         return folder
+
+    def weights(self, component: str) -> list[Path]:
+        """Returns the safetensors files of a component; none when one of them is not on this machine."""
+        place = self.place(component)
+        if place.kind == "file":
+            return [Path(place.path).expanduser()]
+        whole = self._find(component, [f"{stem}.safetensors" for stem in weight_stems(place.variant)])
+        if whole is not None:
+            return [whole]
+        suffix = f".{place.variant}" if place.variant else ""
+        index = self._find(component, [f"{stem}.safetensors.index{suffix}.json" for stem in weight_stems(None)])
+        if index is None:
+            return []
+        names: set[str] = set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values())
+        shards = [index.parent / name for name in sorted(names)]
+        return shards if all(shard.exists() for shard in shards) else []
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]] | None:
         """Returns parameter name -> shape from the safetensors headers, or None when they are not on this machine."""
-        place = self.place(component)
-        if place.kind == "file":
-            return read_shapes(Path(place.path).expanduser())
-        for stem in weight_stems(place.variant):
-            for prefix in (f"{component}/", "") if place != self.main else (f"{component}/",):
-                whole = place.local(f"{prefix}{stem}.safetensors")
-                if whole is not None:
-                    return read_shapes(whole)
-        index = self._index(component)
-        if index is None:
-            return None
-        found: dict[str, tuple[int, ...]] = {}
-        for shard in sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values())):
-            path = index.parent / shard
-            if not path.exists():
-                return None
-            found |= read_shapes(path)
-        return found
+        files = self.weights(component)
+        return {name: shape for path in files for name, shape in read_shapes(path).items()} if files else None
 
-    def _index(self, component: str) -> Path | None:
+    def _find(self, component: str, names: Iterable[str]) -> Path | None:
+        """Returns the first of a component's files that is on this machine.
+
+        A place that holds the one component only may have its files at the root.
+        """
         place = self.place(component)
-        suffix = f".{place.variant}" if place.variant else ""
-        for stem in ("diffusion_pytorch_model", "model"):
-            for prefix in (f"{component}/", "") if place != self.main else (f"{component}/",):
-                found = place.local(f"{prefix}{stem}.safetensors.index{suffix}.json")
-                if found is not None:
-                    return found
-        return None
+        folders = (f"{component}/", "") if place != self.main else (f"{component}/" if component else "",)
+        found = (place.local(f"{folder}{name}") for name in names for folder in folders)
+        return next((path for path in found if path is not None and path.is_file()), None)
 
 
 def weight_stems(variant: str | None) -> tuple[str, ...]:
@@ -246,6 +248,8 @@ class Facts:
     """Width of the guidance embedding that the network already has."""
     cond_numbers: int | None = None
     """How many numbers one prompt's features are, for the size of the cache."""
+    encoders_here: bool = False
+    """Whether VAE and text encoders are on this machine: only then can the caches made by them be looked into."""
     notices: tuple[str, ...] = ()
     """What is unknown, and why: lines for the plan."""
 
@@ -258,6 +262,20 @@ def lora_modules(shapes: Mapping[str, tuple[int, ...]], targets: Iterable[str]) 
     endings = tuple(f".{target}" for target in targets)
     modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
     return {name: shape for name, shape in modules.items() if len(shape) > 1 and f".{name}".endswith(endings)}
+
+
+# What LoraConfig needs to restore an adapter. Its other keys are defaults, and differ from one peft to the next: a peft
+# that does not know one refuses the whole file.
+_LORA_CONFIG_KEYS = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora"),
+    *("rank_pattern", "alpha_pattern"),
+)
+
+
+def lora_metadata(config: Json) -> Json:
+    """Returns what of ``LoraConfig.to_dict()`` belongs into an adapter's file, with lists in place of sets, sorted."""
+    kept = {key: config[key] for key in _LORA_CONFIG_KEYS if key in config}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
 
 
 def lora_num_parameters(modules: Mapping[str, tuple[int, ...]], rank: int) -> int:
@@ -279,9 +297,7 @@ class ModelFamily(Protocol):
     provides: frozenset[str]
     """What methods may require, such as ``"uncond"`` or ``"guidance_embedding"``."""
     lora_targets: tuple[str, ...]
-    """Default targets of plain fine-tuning (diffusers' own training scripts)."""
-    distillation_lora_targets: tuple[str, ...]
-    """Default targets under distillation: the published few-step adapters'."""
+    """Default targets where the method advises none: those of diffusers' own training scripts."""
 
     def facts(self, source: ModelSource) -> Facts:
         """Returns what headers and JSON files tell. Raises UserError when the source is no model of this family."""

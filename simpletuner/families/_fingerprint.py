@@ -4,29 +4,48 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-_BLOCK_BYTES = 1 << 16
-_NUM_BLOCKS = 64
-_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+from simpletuner.families._base import read_header
+
+_BLOCK_BYTES = 4096
 
 
-def fingerprint_files(places: Iterable[Path]) -> str:
-    """Returns 32 hex digits for the content of files, and of folders of files; names of the folders do not count.
+def fingerprint(weights: Iterable[Path], others: Iterable[Path], prefixes: tuple[str, ...] = ("",)) -> str:
+    """Returns 32 hex digits for the content of a component, whatever its folder and its sharding.
 
-    Small files are read whole. Of a large one its size, its beginning (the safetensors header: names, shapes, types) and
-    64 blocks of 64 KiB spread over it: 4 MiB of 5 GB. A fine-tune changes every tensor, so that some block differs.
+    Small files are read whole. Of each tensor count name, type, shape, and three blocks of 4 KiB: its beginning, middle
+    and end. That is 6 MB of the 3 GB of SDXL's text encoders, and whatever training has changed shows in it.
+
+    Args:
+        weights: safetensors files.
+        others: Configs and vocabularies.
+        prefixes: Of the tensors to count: a single file holds all components.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for place in places:
-        files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.suffix in _SUFFIXES)
-        for path in files:
-            size = path.stat().st_size
-            digest.update(f"{path.name if place.is_dir() else ''}\0{size}\0".encode())
-            with path.open("rb") as file:
-                if size <= _BLOCK_BYTES * _NUM_BLOCKS:
-                    digest.update(file.read())
-                    continue
-                last = size - _BLOCK_BYTES
-                for block in range(_NUM_BLOCKS):
-                    file.seek(last * block // (_NUM_BLOCKS - 1))
-                    digest.update(file.read(_BLOCK_BYTES))
+    for path in sorted(others, key=lambda path: (path.parent.name, path.name)):
+        digest.update(f"{path.parent.name}/{path.name}\0".encode() + path.read_bytes() + b"\0")
+    tensors: dict[str, bytes] = {}
+    for path in weights:
+        tensors |= _tensor_samples(path, prefixes)
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0" + tensors[name])
     return digest.hexdigest()
+
+
+def _tensor_samples(path: Path, prefixes: tuple[str, ...]) -> dict[str, bytes]:
+    """Returns tensor name -> type, shape and sampled bytes, of a safetensors file."""
+    header = read_header(path)
+    header.pop("__metadata__", None)
+    samples: dict[str, bytes] = {}
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for name, entry in header.items():
+            if not name.startswith(prefixes):
+                continue
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            block = min(_BLOCK_BYTES, end - begin)
+            blocks: list[bytes] = []
+            for position in (begin, (begin + end - block) // 2, end - block):
+                file.seek(position)
+                blocks.append(file.read(block))
+            samples[name] = f"{entry['dtype']}{entry['shape']}".encode() + b"".join(blocks)
+    return samples

@@ -1,3 +1,6 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false
+# (diffusers and transformers are typed in part: most of what their objects return is unknown to a type checker)
 """Stable Diffusion XL (arXiv 2307.01952): a UNet conditioned on two text encoders and on the picture's true geometry.
 
 Shapes: B batch, C latent channels (4), h w latent size, H W picture size in pixels, S tokens (77), D = D1 + D2 width of
@@ -5,8 +8,6 @@ the two text encoders, P width of the pooled features.
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from simpletuner.atomic import files_into
 from simpletuner.batch import Cond
 from simpletuner.config.errors import UserError
-from simpletuner.families._base import Facts, Json, ModelSource, Part, PredictionType
-from simpletuner.families._fingerprint import fingerprint_files
+from simpletuner.families._base import (
+    Facts,
+    Json,
+    ModelSource,
+    Part,
+    PredictionType,
+    lora_metadata,
+    read_shapes,
+)
+from simpletuner.families._fingerprint import fingerprint
 from simpletuner.schedules import NoiseSchedule, from_scheduler_config
 
 if TYPE_CHECKING:
@@ -27,8 +37,14 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PUBLISHED = "stabilityai/stable-diffusion-xl-base-1.0"
-TEXT_COMPONENTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+_PARTS: dict[Part, tuple[str, ...]] = {
+    "vae": ("vae",),
+    "text": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+}
+# Of the tensors in a single file.
+_PREFIXES: dict[Part, tuple[str, ...]] = {"vae": ("first_stage_model.", "vae."), "text": ("conditioner.",)}
+_UNET_MARK = "model.diffusion_model.label_emb.0.0.weight"
 
 # What the published model was trained with: for a single file, which brings no scheduler config.
 _PUBLISHED_SCHEDULER: Json = {
@@ -62,30 +78,26 @@ class SDXL:
     prediction_type: PredictionType = "epsilon"
     provides: frozenset[str] = frozenset({"uncond", "guidance_embedding", "lora", "epsilon", "v_prediction"})
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    # The published LCM-LoRA (arXiv 2311.05556): with rank 64 that is 196.8M parameters on SDXL.
-    distillation_lora_targets: tuple[str, ...] = (
-        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-    )
 
     def facts(self, source: ModelSource) -> Facts:
         """Returns what headers and JSON files tell about the model."""
         source.check(("unet", "vae", "text_encoder", "text_encoder_2"))
         scheduler = self._scheduler_config(source)
-        shapes = source.shapes("unet")
         unet = source.read_json("unet", "config.json") or {}
-        notices: tuple[str, ...] = ()
+        _check_kind(source, unet)
+        shapes, notices = source.shapes("unet"), ()
         if source.place("unet").kind == "file":
             shapes = None
-            notices = ("a single file names its layers in another way: trainable parameters are counted at loading",)
+            notices = ("a single file names its layers in another way: what is trained is counted when it is loaded",)
         elif shapes is None:
-            notices = (f"'{source.path}' is not on this machine yet: it will be downloaded from the hub",)
+            notices = (f"'{source.place('unet').path}' is not on this machine yet: it will be downloaded from the hub",)
         return Facts(
             scheduler_config=scheduler,
             prediction_type=None if scheduler is None else scheduler.get("prediction_type", self.prediction_type),
             shapes=shapes,
             guidance_embed_dim=unet.get("time_cond_proj_dim"),
             cond_numbers=_cond_numbers(unet),
+            encoders_here=_encoders_here(source),
             notices=notices,
         )
 
@@ -96,9 +108,10 @@ class SDXL:
 
     def schedule(self, source: ModelSource) -> NoiseSchedule:
         """Returns the noise schedule of the model's own scheduler config."""
-        if self._scheduler_config(source) is None:
-            source.main.fetch(["model_index.json", "scheduler/*.json"])
         config = self._scheduler_config(source)
+        if config is None:
+            source.main.fetch(["model_index.json", "scheduler/*.json"])
+            config = self._scheduler_config(source)
         if config is None:
             raise UserError(f"{source.main.key}: '{source.path}' has no scheduler/scheduler_config.json")
         return from_scheduler_config(config)
@@ -106,12 +119,15 @@ class SDXL:
     def _scheduler_config(self, source: ModelSource) -> Json | None:
         """Returns the scheduler config, or None for a hub id that is not on this machine yet."""
         if source.main.kind != "file":
-            return source.read_json("scheduler", "scheduler_config.json")
-        configs = replace(source, path=source.single_file_config) if source.single_file_config else None
-        found = configs.read_json("scheduler", "scheduler_config.json") if configs else None
-        config = dict(found or _PUBLISHED_SCHEDULER)
+            config = source.read_json("scheduler", "scheduler_config.json")
+            if config is None and source.main.kind == "folder":
+                raise UserError(f"{source.main.key}: '{source.path}' has no scheduler/scheduler_config.json")
+            return config
+        beside = source.single_file_config and ModelSource(source.single_file_config)
+        found = beside.read_json("scheduler", "scheduler_config.json") if beside else None
+        config = found or dict(_PUBLISHED_SCHEDULER)
         # The marks that v-prediction checkpoints carry, as other trainers and user interfaces write and read them.
-        marks = source.shapes("unet") or {}
+        marks = read_shapes(Path(source.path).expanduser())
         if "v_pred" in marks:
             config["prediction_type"] = "v_prediction"
         if "ztsnr" in marks:
@@ -126,7 +142,7 @@ class SDXL:
 
         path = source.fetch("unet")
         if path.is_file():
-            config = str(source.config_place(PUBLISHED).fetch(["model_index.json", "unet/config.json"]))
+            config = str(source.config_place(PUBLISHED).fetch(_config_patterns()))
             unet = UNet2DConditionModel.from_single_file(str(path), config=config, subfolder="unet", dtype=dtype)
         else:
             unet = UNet2DConditionModel.from_pretrained(
@@ -148,12 +164,12 @@ class SDXL:
         Raises:
             UserError: The VAE is asked for in float16, where the published one overflows.
         """
-        vae = _load_vae(source, dtype).to(device) if "vae" in parts else None
+        vae = _load_vae(source, device, dtype) if "vae" in parts else None
         if "text" not in parts:
             return SDXLEncoders(vae=vae)
         encoders, tokenizers = _load_text(source, dtype)
         for encoder in encoders:
-            encoder.to(device).requires_grad_(False).eval()
+            nn.Module.to(encoder, device).requires_grad_(False).eval()
         return SDXLEncoders(vae=vae, text_encoders=encoders, tokenizers=tokenizers)
 
     @torch.no_grad()
@@ -164,12 +180,13 @@ class SDXL:
         """
         vae = encoders.vae
         assert vae is not None, "the encoders were loaded without the VAE"
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        posterior: Any = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)[0]
         mean, std = posterior.mean.float(), posterior.std.float()
         scale = vae.config["scaling_factor"]
         if vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None:
-            center, spread = (mean.new_tensor(vae.config[key])[:, None, None] for key in ("latents_mean", "latents_std"))
-            return (mean - center) * scale / spread, std * scale / spread
+            center, spread = (mean.new_tensor(vae.config[key]) for key in ("latents_mean", "latents_std"))
+            scale = scale / spread[:, None, None]
+            mean = mean - center[:, None, None]
         return mean * scale, std * scale
 
     @torch.no_grad()
@@ -179,7 +196,8 @@ class SDXL:
         Tokens: the layer before the last of both encoders, side by side. Pooled: the second encoder's projection.
         Prompts are cut after 75 tokens, as in the pipeline.
         """
-        assert encoders.text_encoders is not None and encoders.tokenizers is not None, "loaded without the text part"
+        assert encoders.text_encoders is not None, "the encoders were loaded without the text part"
+        assert encoders.tokenizers is not None
         states: list[Tensor] = []
         pooled = torch.empty(0)
         for tokenizer, encoder in zip(encoders.tokenizers, encoders.text_encoders, strict=True):
@@ -206,7 +224,7 @@ class SDXL:
         self, module: nn.Module, x_t: Tensor, model_t: Tensor, cond: Cond, geometry: Tensor, w: Tensor | None = None
     ) -> Tensor:
         """Returns the UNet's raw prediction [B, C, h, w]."""
-        unet = module.module if isinstance(module, DistributedDataParallel) else module
+        unet: Any = module.module if isinstance(module, DistributedDataParallel) else module
         dtype = next(module.parameters()).dtype
         cond_proj = unet.time_embedding.cond_proj
         if cond_proj is not None and w is None:
@@ -229,16 +247,16 @@ class SDXL:
         """Returns a stock pipeline around the parts; without encoders it takes features only."""
         from diffusers import StableDiffusionXLPipeline
 
-        text, tokenizers = (None, None), (None, None)
-        if encoders is not None and encoders.text_encoders is not None and encoders.tokenizers is not None:
-            text, tokenizers = encoders.text_encoders, encoders.tokenizers
+        text: tuple[Any, Any] = (encoders and encoders.text_encoders) or (None, None)
+        tokenizers: tuple[Any, Any] = (encoders and encoders.tokenizers) or (None, None)
+        unet: Any = module
         return StableDiffusionXLPipeline(
             vae=vae,
             text_encoder=text[0],
             text_encoder_2=text[1],
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
-            unet=module,
+            unet=unet,
             scheduler=scheduler,
             force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
             add_watermarker=False,
@@ -252,27 +270,27 @@ class SDXL:
         """Writes ``pytorch_lora_weights.safetensors`` in diffusers' format, atomically; returns the file."""
         from diffusers import StableDiffusionXLPipeline
 
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
+        with files_into(folder) as temporary:
             StableDiffusionXLPipeline.save_lora_weights(
                 temporary,
                 unet_lora_layers={key: value.detach().cpu().contiguous() for key, value in state.items()},
-                unet_lora_adapter_metadata=metadata,
+                unet_lora_adapter_metadata=lora_metadata(metadata),
             )
-            written = Path(temporary) / LORA_FILE
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
-            return written.replace(folder / LORA_FILE)
+        return folder / LORA_FILE
 
     def fingerprint(self, source: ModelSource, part: Part) -> str:
         """Returns a digest of the files that the part's features depend on; a hub id is downloaded first."""
-        components = ("vae",) if part == "vae" else TEXT_COMPONENTS
-        if source.place(components[0]).kind != "file":
-            markers = ("tokenizer_config.json" if name.startswith("tokenizer") else "config.json" for name in components)
-            return fingerprint_files(source.fetch(name, marker) for name, marker in zip(components, markers, strict=True))
-        configs = source.config_place(PUBLISHED).fetch(_config_patterns())
-        own = [configs / component for component in components]
-        return fingerprint_files([source.fetch(components[0]), *(folder for folder in own if folder.is_dir())])
+        components = _PARTS[part]
+        place = source.place(components[0])
+        prefixes = _PREFIXES[part] if place.kind == "file" and place == source.main else ("",)
+        if place.kind == "file":
+            configs = source.config_place(PUBLISHED).fetch(_config_patterns())
+            folders, weights = [configs / name for name in components], source.weights(components[0])
+        else:
+            folders = [source.fetch(name, _marker(name)) for name in components]
+            weights = [path for name in components for path in source.weights(name)]
+        texts = (path for folder in folders for end in ("*.json", "*.txt") for path in folder.glob(end))
+        return fingerprint(weights, (path for path in texts if ".index." not in path.name), prefixes)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Returns (C, h, w) of a picture's latents: the VAE's factor is 8."""
@@ -280,7 +298,7 @@ class SDXL:
 
 
 def guidance_embedding(w: Tensor | None, dim: int) -> Tensor:
-    """Returns [B, dim] float32, the sinusoidal embedding of 1000 w that diffusers' pipelines feed (arXiv 2310.04378)."""
+    """Returns [B, dim] float32: the sinusoidal embedding of 1000 w, as diffusers' pipelines feed it."""
     assert w is not None
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, device=w.device) * (-math.log(10000.0) / (half - 1)))
@@ -290,15 +308,43 @@ def guidance_embedding(w: Tensor | None, dim: int) -> Tensor:
 
 def _cond_numbers(unet: Json) -> int:
     """Returns 77 tokens of width D, and P pooled numbers; the published model's widths when the config is not there."""
-    time_ids = 6 * unet.get("addition_time_embed_dim", 256)
-    return 77 * unet.get("cross_attention_dim", 2048) + unet.get("projection_class_embeddings_input_dim", 2816) - time_ids
+    pooled = unet.get("projection_class_embeddings_input_dim", 2816) - 6 * unet.get("addition_time_embed_dim", 256)
+    return 77 * unet.get("cross_attention_dim", 2048) + pooled
+
+
+def _check_kind(source: ModelSource, config: Json) -> None:
+    """Raises UserError when a UNet's config, or a single file's tensor names, are those of another model."""
+    place = source.place("unet")
+    if config and (config.get("addition_embed_type") != "text_time" or config.get("in_channels", 4) != 4):
+        raise UserError(f"{place.key}: '{place.path}' is no SDXL text-to-image model (model_family: sdxl)")
+    if place.kind == "file" and _UNET_MARK not in (source.shapes("unet") or {}):
+        raise UserError(f"{place.key}: '{place.path}' is no SDXL checkpoint: it has no {_UNET_MARK}")
+    for part in ("vae", "text"):
+        if source.main.kind == "file" and source.place(_PARTS[part][0]) == source.main:
+            names = source.shapes(_PARTS[part][0]) or {}
+            if not any(name.startswith(_PREFIXES[part]) for name in names):
+                raise UserError(
+                    f"{source.main.key}: '{source.path}' holds no {_PARTS[part][0]}; use a diffusers folder"
+                )
+
+
+def _marker(component: str) -> str:
+    return "tokenizer_config.json" if component.startswith("tokenizer") else "config.json"
+
+
+def _encoders_here(source: ModelSource) -> bool:
+    """Returns whether VAE and text encoders, or the configs of a single file's, are on this machine."""
+    if source.main.kind == "file":
+        return source.config_place(PUBLISHED).local("model_index.json") is not None
+    return all(source.shapes(name) is not None for name in ("vae", "text_encoder", "text_encoder_2"))
 
 
 def _config_patterns() -> list[str]:
-    return ["model_index.json", *(f"{name}/*.{end}" for name in ("vae", *TEXT_COMPONENTS) for end in ("json", "txt"))]
+    components = ("unet", *_PARTS["vae"], *_PARTS["text"], "scheduler")
+    return ["model_index.json", *(f"{name}/*.{end}" for name in components for end in ("json", "txt"))]
 
 
-def _load_vae(source: ModelSource, dtype: torch.dtype) -> "AutoencoderKL":
+def _load_vae(source: ModelSource, device: torch.device, dtype: torch.dtype) -> "AutoencoderKL":
     from diffusers import AutoencoderKL
 
     place, path = source.place("vae"), source.fetch("vae")
@@ -314,6 +360,7 @@ def _load_vae(source: ModelSource, dtype: torch.dtype) -> "AutoencoderKL":
         )
     if vae.config.get("shift_factor"):
         raise UserError(f"{place.key}: '{place.path}' is no SDXL VAE: SDXL pipelines know no shift_factor")
+    nn.Module.to(vae, device)
     return vae.requires_grad_(False).eval()
 
 
@@ -325,7 +372,7 @@ def _load_text(
     if source.main.kind == "file":
         from diffusers import StableDiffusionXLPipeline
 
-        config = str(source.config_place(PUBLISHED).fetch([*_config_patterns(), "scheduler/*.json"]))
+        config = str(source.config_place(PUBLISHED).fetch(_config_patterns()))
         # diffusers converts the text encoders of a single file only on the way to a pipeline.
         parts = StableDiffusionXLPipeline.from_single_file(
             source.path, config=config, unet=None, vae=None, dtype=dtype, add_watermarker=False
@@ -336,8 +383,8 @@ def _load_text(
         CLIPTextModel.from_pretrained(source.fetch("text_encoder"), **keywords),
         CLIPTextModelWithProjection.from_pretrained(source.fetch("text_encoder_2"), **keywords),
     )
-    first, second = (CLIPTokenizer.from_pretrained(source.fetch(name, "tokenizer_config.json")) for name in ("tokenizer", "tokenizer_2"))
-    return encoders, (first, second)
+    first, second = (source.fetch(name, _marker(name)) for name in ("tokenizer", "tokenizer_2"))
+    return encoders, (CLIPTokenizer.from_pretrained(first), CLIPTokenizer.from_pretrained(second))
 
 
 PLUGIN = SDXL

@@ -1,1 +1,26 @@
 """The embedded default: a tiny SDXL and a generator of captioned pictures, so that a first run needs no download."""
+
+from pathlib import Path
+
+FOLDER = Path("output/quickstart")
+"""Where the example's pictures and model are put, below the working directory: what its config names."""
+
+
+def prepare() -> Path:
+    """Draws the pictures and makes the model where they are missing; returns the path of the example's config."""
+    from simpletuner.quickstart.model import write_model
+    from simpletuner.quickstart.scenes import draw
+
+    draw(FOLDER / "scenes")
+    write_model(FOLDER / "model")
+    return config_path()
+
+
+def config_path() -> Path:
+    """Returns the example's config: of the checkout, or of the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    for root in (package.parent / "config", package / "config"):
+        found = root / "examples" / "quickstart" / "config.json"
+        if found.is_file():
+            return found
+    raise FileNotFoundError("config/examples/quickstart/config.json is not part of this installation")

@@ -1,14 +1,16 @@
-"""A complete SDXL in a few megabytes: every component of the real one, with random weights, in diffusers' folder format.
+# pyright: reportArgumentType=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
+# (diffusers declares tuple[int] where it takes tuples of any length)
+"""A complete SDXL in a few megabytes: every component of the real one with random weights, as a diffusers folder.
 
 It runs through the code that every user's model runs through. Its pictures are noise until it has been trained.
 """
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from simpletuner.atomic import new_folder
 from simpletuner.quickstart.vocabulary import make_tokenizer
 
 if TYPE_CHECKING:
@@ -23,15 +25,12 @@ _TIME_ID_WIDTH = 16
 def write_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """Writes the model into a folder, once, and returns the folder; the weights are a function of the seed.
 
-    The folder appears whole or not at all: it is written beside its place and renamed.
+    The folder appears whole or not at all.
     """
     if (folder / "model_index.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        made = Path(temporary) / folder.name
+    with new_folder(folder) as made:
         make_pipeline(prediction_type, seed).save_pretrained(made, safe_serialization=True)
-        made.rename(folder)
     return folder
 
 

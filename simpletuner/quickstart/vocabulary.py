@@ -43,7 +43,7 @@ def make_tokenizer(pad_token: str = _END) -> "CLIPTokenizer":
     tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), _START, _END])
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
-        merges=list(merges),
+        merges=list(merges),  # pyright: ignore[reportArgumentType]  (pairs are what tokenizers' BPE takes)
         pad_token=pad_token,
         model_max_length=77,
     )

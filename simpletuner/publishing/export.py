@@ -1,0 +1,46 @@
+"""Writes what a run has learnt in the formats that stock diffusers loads; each file appears whole or not at all."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from simpletuner.atomic import files_into
+from simpletuner.families._base import Json, ModelFamily
+
+
+def write_lora(
+    folder: Path, family: ModelFamily, state: Mapping[str, Tensor], metadata: Json, scheduler: Any
+) -> Path:  # Any: diffusers' schedulers share no public base with types
+    """Writes an adapter and the scheduler to sample it with; returns the adapter's file.
+
+    Args:
+        folder: Where to; made if need be.
+        family: Knows the format.
+        state: peft's state dict of the adapted network (``get_peft_model_state_dict``).
+        metadata: ``LoraConfig.to_dict()``: without it alpha is lost.
+        scheduler: The method's own; few-step models are sampled right with no other.
+    """
+    write_scheduler(folder, scheduler)
+    return family.save_lora(folder, state, metadata)
+
+
+def write_model(folder: Path, module: nn.Module, scheduler: Any) -> None:  # Any: see write_lora
+    """Writes a whole network, so that ``UNet2DConditionModel.from_pretrained(folder)`` loads it, and its scheduler."""
+    write_scheduler(folder, scheduler)
+    with files_into(folder) as temporary:
+        _diffusers(module).save_pretrained(temporary, safe_serialization=True)
+
+
+def write_scheduler(folder: Path, scheduler: Any) -> Path:  # Any: see write_lora
+    """Writes ``scheduler/scheduler_config.json``, which ``from_pretrained(folder, subfolder="scheduler")`` reads."""
+    with files_into(folder) as temporary:
+        scheduler.save_pretrained(temporary / "scheduler")
+    return folder / "scheduler" / "scheduler_config.json"
+
+
+def _diffusers(module: nn.Module) -> Any:  # Any: ModelMixin, whose type would import diffusers here
+    if not hasattr(module, "save_pretrained"):
+        raise TypeError(f"{type(module).__name__} is no diffusers network; give it without its wrapper")
+    return module
