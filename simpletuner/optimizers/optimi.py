@@ -52,6 +52,8 @@ _OPTIONS: Mapping[str, type] = {
 class _Optimi:
     """The plug-in of all NAMES."""
 
+    trains_bf16 = False
+
     def __call__(self, parameters: Iterable[Parameter | Mapping[str, Any]], section: OptimizerSection) -> Optimizer:
         return _plugin(section.optimizer)(parameters, section)
 

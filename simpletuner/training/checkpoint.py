@@ -9,6 +9,7 @@ first. So a process that is killed at any point leaves only complete folders und
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -144,6 +145,24 @@ def load(path: Path) -> Loaded:
         older = [p for p in _checkpoints(path.parent) if p.name != path.name and _step(p) < _step(path)]
         how = f"set resume_from_checkpoint to '{older[-1].name}'" if older else "no older checkpoint exists: start anew"
         raise UserError(f"resume_from_checkpoint: {path} is damaged ({error}); {how}") from error
+
+
+def set_aside(root: Path, step: int) -> list[Path]:
+    """Returns the checkpoints after ``step`` under their new names, ``abandoned-<step>``.
+
+    Call it when a run goes on from an earlier checkpoint, or anew (step 0): else ``latest`` would later find the
+    course that was left. They are not deleted, since nobody asked for that.
+    """
+    moved: list[Path] = []
+    for path in _checkpoints(root):
+        if _step(path) > step:
+            target = root / f"abandoned-{_step(path)}"
+            for number in itertools.count(2):
+                if not target.exists():
+                    break
+                target = root / f"abandoned-{_step(path)}.{number}"
+            moved.append(path.rename(target))
+    return moved
 
 
 def provenance() -> dict[str, Json]:

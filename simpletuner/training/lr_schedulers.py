@@ -77,3 +77,8 @@ def seek(scheduler: LambdaLR, step: int) -> None:
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates  # pyright: ignore[reportPrivateUsage]  (what get_last_lr() returns)
+
+
+def learning_rate(section: OptimizerSection, num_steps: int, step: int) -> float:
+    """Returns the rate of the update after ``step`` of ``num_steps`` optimizer steps."""
+    return section.learning_rate * factor(section, section.learning_rate, num_steps, step)

@@ -137,6 +137,17 @@ def test_another_format_is_not_guessed_at(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "checkpoint-1")
 
 
+def test_the_course_that_was_left_is_set_aside(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, 10)
+    assert checkpoint.set_aside(tmp_path, 10) == []
+    assert checkpoint.set_aside(tmp_path, 1) == [tmp_path / "abandoned-2", tmp_path / "abandoned-10"]
+    write(tmp_path, 2)
+    assert checkpoint.set_aside(tmp_path, 0) == [tmp_path / "abandoned-1", tmp_path / "abandoned-2.2"]
+    assert checkpoint.find(tmp_path, "latest") is None
+    assert checkpoint.load(tmp_path / "abandoned-10").step == 10
+    assert checkpoint.find(tmp_path, "abandoned-10") == tmp_path / "abandoned-10"
+
+
 def test_a_failed_write_leaves_the_old_checkpoint_and_no_half_one(tmp_path: Path) -> None:
     write(tmp_path, 1)
     with pytest.raises(TypeError):
