@@ -4,12 +4,12 @@
 set -euo pipefail
 
 python=$(bash "$(dirname "${BASH_SOURCE[0]}")/venv.sh")
-cache=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}
+accelerate_defaults=${HF_HOME:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/huggingface}/accelerate/default_config
 
 # Whoever may want more than one process is looked at by simpletuner/launch.py; everyone else starts without it.
 if [ "${TRAINING_NUM_PROCESSES:-1}" != 1 ] || [ "${TRAINING_NUM_MACHINES:-1}" != 1 ] ||
     [ -n "${ACCELERATE_EXTRA_ARGS:-}" ] || [ -n "${ACCELERATE_CONFIG_PATH:-}" ] ||
-    [ -f "$cache/accelerate/default_config.yaml" ]; then
+    [ -f "$accelerate_defaults.yaml" ] || [ -f "$accelerate_defaults.json" ]; then
     exec "$python" -m simpletuner.launch train "$@"
 fi
 exec "$python" -m simpletuner train "$@"

@@ -16,12 +16,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
-from typing import cast
 
-import yaml
-
+from simpletuner.config.environment import VARIABLES, accelerate_file, parse_accelerate
 from simpletuner.config.errors import UserError
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -31,11 +28,7 @@ STOP_SECONDS = 30
 _DISTRIBUTED_TYPES = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 _TOPOLOGY = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
 _ENVIRONMENT = {"TRAINING_NUM_PROCESSES": "num_processes", "TRAINING_NUM_MACHINES": "num_machines"}
-_PASSED_ON = {
-    "mixed_precision": "MIXED_PRECISION",
-    "dynamo_backend": "TRAINING_DYNAMO_BACKEND",
-    "num_cpu_threads_per_process": "OMP_NUM_THREADS",
-}
+_PASSED_ON = {key: name for name, key in VARIABLES.items()} | {"num_cpu_threads_per_process": "OMP_NUM_THREADS"}
 
 
 @dataclass(frozen=True)
@@ -116,21 +109,24 @@ def run(command: Sequence[str], environments: Sequence[dict[str, str]]) -> int:
 
 def _supervise(ranks: Sequence[subprocess.Popen[bytes]], pending: list[int]) -> int:
     """Returns the exit status when all ranks have ended; forwards pending signals, and stops all when one fails."""
-    failed: int | None = None
+    sent: set[int] = set()
+    first = 0
     deadline = float("inf")
     while True:
         while pending:
+            sent.add(pending[0])
             _send(ranks, pending.pop(0))
-        statuses = [rank.poll() for rank in ranks]
-        if failed is None:
-            failed = next((status for status in statuses if status), None)
-            if failed is not None and None in statuses:
-                said = f"process {statuses.index(failed)} failed ({_describe(failed)}): stopping the others"
-                print(said, file=sys.stderr)
-                _send(ranks, signal.SIGTERM)
-                deadline = time.monotonic() + STOP_SECONDS
+        statuses = [status if status is None or status >= 0 else 128 - status for status in (r.poll() for r in ranks)]
+        first = first or next(filter(None, statuses), 0)
         if None not in statuses:
-            return 0 if failed is None else failed if failed > 0 else 128 - failed
+            return first
+        # A rank that was told to stop and says so (128 + signal, as a shell counts) has not failed: others still save.
+        failed = [status for status in statuses if status and status - 128 not in sent]
+        if failed and deadline == float("inf"):
+            said = f"process {statuses.index(failed[0])} failed (exit status {failed[0]}): stopping the others"
+            print(said, file=sys.stderr)
+            _send(ranks, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_SECONDS
         if time.monotonic() > deadline:
             _kill(ranks)
         time.sleep(0.05)
@@ -147,31 +143,16 @@ def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
             os.killpg(rank.pid, signal.SIGKILL)  # its data workers too
 
 
-def _describe(status: int) -> str:
-    return f"exit status {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
-
-
 def _config_file(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns what accelerate's config file says about processes; an empty dict where there is no file."""
-    home = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/huggingface"
-    named = environ.get("ACCELERATE_CONFIG_PATH")
-    path = Path(named or f"{home}/accelerate/default_config.yaml")
-    try:
-        content: object = yaml.safe_load(path.read_text(encoding="utf8"))
-    except FileNotFoundError as error:
-        if named:
-            raise UserError(f"ACCELERATE_CONFIG_PATH: no such file: {path}") from error
-        return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    path = accelerate_file(environ)
+    content = parse_accelerate(path) if path else None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no accelerate config file: it holds no keys")
-    entries = cast(dict[object, object], content).items()
-    settings = {str(key): str(value) for key, value in entries if value is not None}
-    kind = settings.get("distributed_type", "NO")
+        return {}
+    kind = str(content.get("distributed_type") or "NO")  # YAML reads a bare NO as false
     if kind not in _DISTRIBUTED_TYPES:
         raise UserError(f"{path}: distributed_type: {kind} is not supported (known: {', '.join(_DISTRIBUTED_TYPES)})")
-    return {key: settings[key] for key in (*_TOPOLOGY, "use_cpu") if key in settings}
+    return {key: str(content[key]) for key in (*_TOPOLOGY, "use_cpu") if content.get(key) is not None}
 
 
 def _extra_arguments(text: str) -> dict[str, str]:
@@ -211,7 +192,8 @@ def main() -> None:
     try:
         launch = plan_launch(os.environ)
     except UserError as error:
-        print(error, file=sys.stderr)
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     command = [sys.executable, "-m", "simpletuner", *sys.argv[1:]]
     if launch.num_processes == 1:

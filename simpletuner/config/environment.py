@@ -26,7 +26,7 @@ def fill_from_environment(
     variables = {
         f"{name}={environ[name]}": (key, environ[name]) for name, key in VARIABLES.items() if environ.get(name)
     }
-    file = _accelerate_file(environ)
+    file = accelerate_file(environ)
     defaults = _accelerate_values(file, findings) if file else {}
     from_file = {f"{file} ({key}: {value})": (key, value) for key, value in defaults.items()}
     won: dict[str, str] = {key: labels.get(key, "the config") for key in flat}
@@ -39,7 +39,7 @@ def fill_from_environment(
             findings.notices.append(f"{key}: {flat[key]}, from {won[key]}, which goes before {source}")
 
 
-def _accelerate_file(environ: Mapping[str, str]) -> Path | None:
+def accelerate_file(environ: Mapping[str, str]) -> Path | None:
     """Returns accelerate's config file: the one that is named, or its default file where that exists."""
     named = environ.get("ACCELERATE_CONFIG_PATH")
     if named:
@@ -59,7 +59,7 @@ def _accelerate_file(environ: Mapping[str, str]) -> Path | None:
 def _accelerate_values(file: Path, findings: Findings) -> dict[str, str]:
     """Returns mixed_precision and dynamo_backend as accelerate's file has them."""
     try:
-        content = _parse_accelerate(file)
+        content = parse_accelerate(file)
     except UserError as error:
         findings.problems.extend(error.lines)
         return {}
@@ -72,7 +72,12 @@ def _accelerate_values(file: Path, findings: Findings) -> dict[str, str]:
     return {key: "no" if value is False else str(value) for key, value in found.items() if value is not None}
 
 
-def _parse_accelerate(file: Path) -> Json:
+def parse_accelerate(file: Path) -> Json:
+    """Returns the content of accelerate's config file.
+
+    Raises:
+        UserError: The file cannot be read or is malformed.
+    """
     if file.suffix == ".json":
         return parse(file)
     import yaml  # only here: most machines have no such file

@@ -28,14 +28,15 @@ for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: got.append(signal.Signals(number).name))
 how, *numbers = sys.argv[-1].split(",")
 Path(f"started-{rank}").write_text(repr(sys.argv[1:]) + os.environ.get("ENV", ""))
-if how == "leave" and rank == numbers[0]:
-    sys.exit(int(numbers[1]))
+if how == "leave" and rank == numbers.pop(0):
+    sys.exit(int(numbers[0]))
+slow = how == "rank-0-saves-slowly" and rank == "0"
 deadline = time.monotonic() + 60
 while not got and time.monotonic() < deadline:
     time.sleep(0.02)
-time.sleep(0.5)  # saves, while further signals may come
+time.sleep(3 if slow else 0.5)  # saves, while further signals may come
 Path(f"saved-{rank}").write_text(",".join(got))
-sys.exit(int(numbers[0]) if how == "save" else 0)
+sys.exit(0 if how == "leave" else int(numbers[0]))
 """
 
 
@@ -122,6 +123,16 @@ def test_the_exit_status_is_the_runs(folder: Path, num_processes: int):
     assert script.returncode == 7
 
 
+def test_a_rank_that_has_stopped_as_asked_leaves_the_other_in_peace(folder: Path):
+    """One rank saves, the other waits or leaves: a second SIGTERM would tell the first to give up."""
+    script = start(folder, f"rank-0-saves-slowly,{128 + signal.SIGTERM}", num_processes=2)
+    wait_for(folder / "started-0", folder / "started-1")
+    script.terminate()
+    _, said = script.communicate(timeout=60)
+    assert (script.returncode, said) == (128 + signal.SIGTERM, "")
+    assert (folder / "saved-0").read_text() == "SIGTERM"
+
+
 @pytest.mark.parametrize("failing", ["0", "1"])
 def test_one_rank_that_fails_stops_the_other(folder: Path, failing: str):
     script = start(folder, f"leave,{failing},5", num_processes=2)
@@ -181,7 +192,7 @@ def test_two_ranks_find_each_other_through_accelerate(folder: Path):
 def test_a_mistake_in_the_environment_is_one_line(folder: Path):
     script = start(folder, "save,0", TRAINING_NUM_PROCESSES="two")
     _, said = script.communicate(timeout=60)
-    assert (script.returncode, said) == (2, "num_processes: 'two' must be a whole number, 1 or more\n")
+    assert (script.returncode, said) == (2, "error: num_processes: 'two' must be a whole number, 1 or more\n")
 
 
 def run_venv_sh(path: Path, **more: str) -> subprocess.CompletedProcess[str]:
