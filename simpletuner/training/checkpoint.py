@@ -150,8 +150,8 @@ def load(path: Path) -> Loaded:
 def set_aside(root: Path, step: int) -> list[Path]:
     """Returns the checkpoints after ``step`` under their new names, ``abandoned-<step>``.
 
-    Call it when a run goes on from an earlier checkpoint, or anew (step 0): else ``latest`` would later find the
-    course that was left. They are not deleted, since nobody asked for that.
+    Call it when a run goes on from an earlier checkpoint: else ``latest`` would later find the course that was left.
+    They are not deleted, since nobody asked for that.
     """
     moved: list[Path] = []
     for path in _checkpoints(root):

@@ -1,4 +1,6 @@
-"""Learning rate schedules as pure functions of the optimizer step: so a resumed run needs no saved schedule.
+"""Learning rate schedules as pure functions of the optimizer step.
+
+So a resumed run needs no saved schedule, and a changed rate or length of the run takes effect when resuming.
 
 ``factor(step)`` multiplies the rate of the update that follows ``step`` finished ones. With ``warmup`` updates of
 warm-up, update number n (from 1) has rate n / warmup: the first is not zero, number ``warmup`` is the full rate. After
@@ -16,10 +18,6 @@ update at rate zero would be wasted. Steps are optimizer steps, whatever the num
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
-
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from simpletuner.config.schema import OptimizerSection
 
@@ -51,34 +49,16 @@ SHAPES: Mapping[str, Shape] = {
 """The values of ``lr_scheduler``."""
 
 
-def factor(section: OptimizerSection, rate: float, num_steps: int, step: int) -> float:
-    """Returns the factor on the full ``rate`` for the update after ``step`` of ``num_steps`` optimizer steps."""
+def factor(section: OptimizerSection, num_steps: int, step: int) -> float:
+    """Returns the factor on ``learning_rate`` for the update after ``step`` of ``num_steps`` optimizer steps."""
     warmup = section.lr_warmup_steps
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    end = section.lr_end / rate if rate else 0.0
+    end = section.lr_end / section.learning_rate
     return end + (1 - end) * SHAPES[section.lr_scheduler](progress, section.lr_num_cycles, section.lr_power)
-
-
-def make_lr_scheduler(optimizer: Optimizer, section: OptimizerSection, num_steps: int) -> LambdaLR:
-    """Returns the scheduler of a run's first step; call ``step()`` after each update.
-
-    It has no state worth saving: ``seek`` puts it at any step, so a changed rate or length takes effect when resuming.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return LambdaLR(optimizer, [partial(factor, section, rate, num_steps) for rate in rates])
-
-
-def seek(scheduler: LambdaLR, step: int) -> None:
-    """Puts a scheduler and its optimizer's rates where they are after ``step`` finished optimizer steps."""
-    scheduler.last_epoch = step
-    rates = [base * factor_at(step) for base, factor_at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates  # pyright: ignore[reportPrivateUsage]  (what get_last_lr() returns)
 
 
 def learning_rate(section: OptimizerSection, num_steps: int, step: int) -> float:
     """Returns the rate of the update after ``step`` of ``num_steps`` optimizer steps."""
-    return section.learning_rate * factor(section, section.learning_rate, num_steps, step)
+    return section.learning_rate * factor(section, num_steps, step)
