@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def examples_folder() -> Path:
-    """Returns the folder of the example runs: config/examples of the checkout, or its copy in an installed package."""
+    """Returns the folder of the example runs: the installed package's copy, or config/examples of the checkout."""
     package = Path(__file__).resolve().parent
-    checkout = package.parent / "config" / "examples"
-    return checkout if checkout.is_dir() else package / "examples"
+    copy = package / "examples"
+    return copy if copy.is_dir() else package.parent / "config" / "examples"

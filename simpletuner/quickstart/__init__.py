@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from simpletuner import examples_folder
+
 FOLDER = Path("output/quickstart")
 """Where the example's pictures and model are put, below the working directory: what its config names."""
 
@@ -17,10 +19,5 @@ def prepare() -> Path:
 
 
 def config_path() -> Path:
-    """Returns the example's config: of the checkout, or of the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    for root in (package.parent / "config", package / "config"):
-        found = root / "examples" / "quickstart" / "config.json"
-        if found.is_file():
-            return found
-    raise FileNotFoundError("config/examples/quickstart/config.json is not part of this installation")
+    """Returns the example's config."""
+    return examples_folder() / "quickstart" / "config.json"
