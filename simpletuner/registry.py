@@ -41,13 +41,17 @@ def load(kind: str, name: str, key: str | None = None) -> Any:  # Any: what PLUG
         if name in _files(kind):
             return importlib.import_module(_files(kind)[name]).PLUGIN
         return _entry_points(kind)[name].load()
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         package = (error.name or "").partition(".")[0]
-        if package == "simpletuner":
+        if package in ("", "simpletuner"):
             raise
         extra = _EXTRAS.get(package)
-        how = f'pip install "simpletuner[{extra}]"' if extra else f"pip install {package}"
-        raise UserError(f"{key or kind}: '{name}' needs the package '{package}': {how}") from error
+        what = f'"simpletuner[{extra}]"' if extra else package
+        if isinstance(error, ModuleNotFoundError):
+            raise UserError(f"{key or kind}: '{name}' needs the package '{package}': pip install {what}") from error
+        raise UserError(
+            f"{key or kind}: '{name}' does not work with the installed '{package}' ({error}): pip install -U {what}"
+        ) from error
 
 
 # Import name of an optional package -> the extra of this package (pyproject.toml) that brings it.
@@ -74,15 +78,24 @@ def _files(kind: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted((Path(__file__).parent / kind).glob("[!_]*.py")):
         for name in _declared_names(path) or (path.stem,):
-            found[name] = f"simpletuner.{kind}.{path.stem}"
+            module = f"simpletuner.{kind}.{path.stem}"
+            if name in found:
+                raise ValueError(f"'{name}' is declared by {found[name]} and by {module}")
+            found[name] = module
     return found
 
 
 def _declared_names(path: Path) -> tuple[str, ...]:
     """Returns the literal ``NAMES`` tuple of a plug-in file, or an empty tuple."""
     for node in ast.parse(path.read_text(encoding="utf8")).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "NAMES" for t in node.targets):
-            return tuple(ast.literal_eval(node.value))
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id="NAMES")], value=value)
+                | ast.AnnAssign(target=ast.Name(id="NAMES"), value=ast.expr() as value)
+            ):
+                return tuple(ast.literal_eval(value))
+            case _:
+                pass
     return ()
 
 

@@ -8,6 +8,9 @@ from simpletuner.config.fields import Json, Section, setting
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
 
+SQUARE_EDGES_PX = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
+"""Megapixels of a square picture -> its usual edge in pixels."""
+
 
 class DatasetConfig(Section):
     """An image dataset; sizes are in the unit of ``resolution_type``.
@@ -27,10 +30,10 @@ class DatasetConfig(Section):
     alignment: int = setting(64, "may_change", "Bucket edges are multiples of so many pixels.", ge=8, multiple_of=8)
     minimum_image_size: float | None = setting(None, "may_change", "Smaller images are left out.", gt=0)
     maximum_image_size: float | None = setting(
-        None, "may_change", "Larger images are scaled to target_downsample_size before they are cropped.", gt=0
+        None, "may_change", "With crop: larger images are scaled to target_downsample_size first.", gt=0
     )
     target_downsample_size: float | None = setting(
-        None, "may_change", "Size that images above maximum_image_size are scaled to first.", gt=0
+        None, "may_change", "With crop: size that images above maximum_image_size are scaled to first.", gt=0
     )
     minimum_aspect_ratio: float | None = setting(None, "may_change", "Images narrower than w / h are left out.", gt=0)
     maximum_aspect_ratio: float | None = setting(None, "may_change", "Images wider than w / h are left out.", gt=0)
@@ -61,9 +64,15 @@ class DatasetConfig(Section):
     vae_batch_size: int = setting(4, "free", "Images that the VAE encodes at once.", ge=1)
     write_batch_size: int = setting(128, "free", "Entries of one cache file.", ge=1)
     skip_file_discovery: bool = setting(False, "free", "Trust the manifest of the last scan; do not list the folder.")
-    preserve_data_backend_cache: bool = setting(False, "free", "Never delete entries of the cache.")
-    vae_cache_clear_each_epoch: bool = setting(False, "free", "Encode the latents again after each epoch.")
-    vae_cache_disable: bool = setting(False, "free", "Encode latents in the training loop, without a cache.")
+    preserve_data_backend_cache: bool = setting(
+        False, "free", "Never delete entries of the cache.", inert="nothing is ever deleted from a cache"
+    )
+    vae_cache_clear_each_epoch: bool = setting(
+        False, "free", "Encode the latents again after each epoch.", inert="they would be the same: crops do not change"
+    )
+    vae_cache_disable: bool = setting(
+        False, "free", "Encode latents in the training loop.", inert="latents are always cached"
+    )
     metadata_backend: Literal["discovery"] = setting("discovery", "free", "Where image sizes come from.")
     options: dict[str, Json] = setting({}, "free", "Keys of a backend other than local, checked by that backend.")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from simpletuner.config import deprecated
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
 from simpletuner.config.errors import suggestion
-from simpletuner.config.fields import Json
+from simpletuner.config.fields import Json, rule_of
 from simpletuner.config.files import Places
 from simpletuner.config.findings import Findings
 from simpletuner.config.sections import DataSection, RunSection
@@ -172,6 +172,10 @@ def _dataset(
         _resolve_folder(values, context, where, findings)
     dataset = build(DatasetConfig, values, f"{where}: ", findings)
     _check_bounds(dataset, where, findings)
+    for key in own.keys() & DatasetConfig.model_fields.keys():
+        inert = rule_of(DatasetConfig, key, "inert")
+        if inert and getattr(dataset, key) != DatasetConfig.model_fields[key].default:
+            findings.notices.append(f"{where}: {key}: has no effect: {inert}")
     return dataset
 
 

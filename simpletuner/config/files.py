@@ -119,10 +119,10 @@ def _hint(error: json.JSONDecodeError) -> str:
         return "text in single quotes; use double quotes"
     if at[:2] in ("//", "/*") or at[:1] == "#":
         return 'a comment; write it as a key with a leading underscore: "_comment": "..."'
-    if error.msg == "Expecting ',' delimiter":
-        return "a comma is missing before this place"
     if not at:
         return "the file ends too early; a bracket or quote is not closed"
+    if error.msg == "Expecting ',' delimiter":
+        return "a comma is missing before this place"
     return error.msg
 
 

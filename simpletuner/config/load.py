@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from simpletuner.config import deprecated
-from simpletuner.config.backends import DatasetConfig, TextCacheConfig
+from simpletuner.config.backends import SQUARE_EDGES_PX, DatasetConfig, TextCacheConfig
 from simpletuner.config.datasets import Context, read_datasets, rounding_is_alignment, sized, unit_notice
 from simpletuner.config.environment import fill_from_environment
 from simpletuner.config.errors import UserError, suggestion
@@ -23,8 +23,6 @@ from simpletuner.config.values import bare_key, build, fill, number, switch_off,
 __all__ = ["default_config_path", "load"]
 
 _SIZES = ("minimum_image_size", "maximum_image_size", "target_downsample_size", "resolution")
-SQUARE_EDGES_PX = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
-"""Megapixels of a square picture -> its usual edge in pixels."""
 _MODEL_PATHS = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",

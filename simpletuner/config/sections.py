@@ -221,10 +221,10 @@ class DataSection(Section):
     )
     minimum_image_size: float | None = setting(None, "may_change", "Smaller images are left out.", gt=0)
     maximum_image_size: float | None = setting(
-        None, "may_change", "Larger images are scaled to target_downsample_size before they are cropped.", gt=0
+        None, "may_change", "With crop: larger images are scaled to target_downsample_size first.", gt=0
     )
     target_downsample_size: float | None = setting(
-        None, "may_change", "Size that images above maximum_image_size are scaled to first.", gt=0
+        None, "may_change", "With crop: size that images above maximum_image_size are scaled to first.", gt=0
     )
     caption_strategy: CaptionStrategy = setting(
         "textfile",
