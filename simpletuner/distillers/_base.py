@@ -195,18 +195,21 @@ def configure(config: type[Section], given: Mapping[str, Json], objective: Secti
     try:
         return config.model_validate(values | dict(given)), notices
     except ValidationError as error:
-        raise UserError(*(_line(config, problem) for problem in error.errors())) from error
+        raise UserError(*(_line(config, given, problem) for problem in error.errors())) from error
 
 
-def _line(config: type[Section], problem: Any) -> str:  # Any: pydantic's ErrorDetails
+def _line(config: type[Section], given: Mapping[str, Json], problem: Any) -> str:  # Any: pydantic's ErrorDetails
     """Returns one problem as a line that names the key, the value and what is allowed."""
     key = ".".join(str(part) for part in problem["loc"])
+    place = "" if key and key not in given else "distillation_config"  # else the key stands outside of it
     if problem["type"] == "extra_forbidden":
         return f"distillation_config.{key}: unknown option{suggestion(key, config.model_fields)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not key:
-        return f"distillation_config: {message}"
-    return f"distillation_config.{key}: {problem['input']!r} is not possible: {message[0].lower()}{message[1:]}"
+        return f"{place}: {message}"
+    return (
+        f"{place}{'.' if place else ''}{key}: {problem['input']!r} is not possible: {message[0].lower()}{message[1:]}"
+    )
 
 
 def make_scheduler(
@@ -216,6 +219,26 @@ def make_scheduler(
 ) -> "SchedulerMixin":
     """Returns a diffusers scheduler with what it knows of another's config, and with changes."""
     return scheduler_class.from_config(dict(base_config), **changes)
+
+
+def own_scheduler(base_config: Mapping[str, Any], prediction_type: str | None = None) -> "SchedulerMixin":
+    """Returns the scheduler that a model's own scheduler_config.json names.
+
+    Args:
+        base_config: The content of the file.
+        prediction_type: In place of the file's; None leaves it as it is.
+
+    Raises:
+        UserError: diffusers has no such scheduler.
+    """
+    import diffusers  # here, because it takes seconds, which the plan does not have
+
+    name = str(base_config.get("_class_name", ""))
+    scheduler_class = getattr(diffusers, name, None)
+    if scheduler_class is None:
+        raise UserError(f"the model's scheduler_config.json names the scheduler '{name}', which diffusers has not")
+    changes = {} if prediction_type is None else {"prediction_type": prediction_type}
+    return make_scheduler(scheduler_class, base_config, **changes)
 
 
 def draw_latents(batch: Batch, randomness: Randomness) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ from simpletuner.distillers._base import (
     Setup,
     distance,
     draw_latents,
-    make_scheduler,
+    own_scheduler,
     sample_posterior,
 )
 from simpletuner.randomness import Randomness
@@ -75,19 +75,9 @@ class SFT(Distiller):
 
     def sampling(self, base_scheduler_config: Mapping[str, Any]) -> "tuple[SchedulerMixin, dict[str, Any]]":
         """Returns the base model's own scheduler, and usual settings for it."""
-        import diffusers  # here, because it takes seconds, which the plan does not have
-
-        name = str(base_scheduler_config.get("_class_name", ""))
-        scheduler_class = getattr(diffusers, name, None)
-        if scheduler_class is None:
-            raise UserError(f"the model's scheduler_config.json names the scheduler '{name}', which diffusers has not")
-        changes = {"prediction_type": self.denoisers["student"].prediction_type}
-        if isinstance(self.schedule, FlowSchedule):
-            changes = {}  # flow schedulers know one prediction alone
-        return make_scheduler(scheduler_class, base_scheduler_config, **changes), {
-            "num_inference_steps": 30,
-            "guidance_scale": 5.0,
-        }
+        flow = isinstance(self.schedule, FlowSchedule)  # flow schedulers know one prediction alone
+        scheduler = own_scheduler(base_scheduler_config, None if flow else self.denoisers["student"].prediction_type)
+        return scheduler, {"num_inference_steps": 30, "guidance_scale": 5.0}
 
 
 def min_snr_weight(schedule: NoiseSchedule, t: Tensor, prediction_type: str, gamma: float) -> Tensor:

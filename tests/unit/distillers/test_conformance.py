@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simpletuner import registry
 from simpletuner.config.errors import UserError
-from simpletuner.config.fields import Resume, Section
+from simpletuner.config.fields import Resume
 from simpletuner.config.schema import ObjectiveSection
 from simpletuner.distillers._base import Distiller, RunFacts
 from simpletuner.randomness import Randomness
@@ -163,4 +163,6 @@ def test_every_wrong_option_is_a_line_of_its_own() -> None:
         )
     assert len(caught.value.lines) == 4
     assert "distillation_config.num_ddim_timesteps: 0 is not possible: input should be greater" in caught.value.lines[0]
-    assert isinstance(ObjectiveSection(), Section)
+    # Of a key outside of distillation_config, that place is not named.
+    with pytest.raises(UserError, match="^loss_type: 'smooth_l1' is not possible: input should be 'l2' or 'huber'"):
+        method("lcm").configure({}, ObjectiveSection(loss_type="smooth_l1"))

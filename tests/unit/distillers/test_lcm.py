@@ -128,7 +128,7 @@ def test_pseudo_huber(dtype: torch.dtype) -> None:
     got = distance(d.to(dtype)[None], torch.zeros(1, 5, dtype=dtype), "huber", 1e-3)
     assert got.dtype == dtype
     torch.testing.assert_close(got[0].double(), exact, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
-    # Near zero the plain form keeps no digit in float32; ours keeps them.
+    # Near zero the plain form keeps one digit in float32; ours keeps them all.
     tiny = distance(torch.full((1, 1), 1e-6), torch.zeros(1, 1), "huber", 1e-3)
     assert float(tiny) == pytest.approx(5e-10, rel=1e-5)
 
