@@ -145,6 +145,14 @@ def checkpoint_with_adapters(module: nn.Module) -> Callable[..., Any]:  # Any: w
 
 
 @contextmanager
+def adapters_off(module: nn.Module) -> Generator[None]:
+    """Runs a network with its base weights alone, and puts its adapters back as they were."""
+    layers = adapter_layers(module)
+    with _adapters_as(layers, [(True, active) for _, active in _adapter_states(layers)]):
+        yield
+
+
+@contextmanager
 def _adapters_as(layers: list[nn.Module], states: list[_AdapterState]) -> Generator[None]:
     """Runs the layers in these adapter states and puts back the ones that they were in.
 

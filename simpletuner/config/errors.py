@@ -8,11 +8,16 @@ class UserError(Exception):
     """A mistake in what the user wrote; each line names the key, the value, what is allowed and what to change."""
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = tuple(printable(line) for line in lines)
+        super().__init__("\n".join(self.lines))
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Returns ``" - did you mean 'x'?"`` for the known word nearest to a misspelt one, or an empty string."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" - did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def printable(line: str) -> str:
+    """Returns a line without control characters, so that a file from elsewhere cannot steer the terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

@@ -12,7 +12,7 @@ from simpletuner.config import deprecated
 from simpletuner.config.backends import SQUARE_EDGES_PX, DatasetConfig, TextCacheConfig
 from simpletuner.config.datasets import Context, read_datasets, rounding_is_alignment, sized, unit_notice
 from simpletuner.config.environment import fill_from_environment
-from simpletuner.config.errors import UserError, suggestion
+from simpletuner.config.errors import UserError, printable, suggestion
 from simpletuner.config.fields import Json, Section, as_json
 from simpletuner.config.files import BACKEND_NAMES, Places, config_file, default_config_path, parse
 from simpletuner.config.findings import Findings
@@ -74,7 +74,7 @@ def load(
             "datasets": datasets,
             "text_cache": text_cache,
             "explicit": explicit,
-            "notices": tuple(dict.fromkeys(findings.notices)),
+            "notices": tuple(dict.fromkeys(map(printable, findings.notices))),
             "sources": (file, backend_file),
         }
     )

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simpletuner.data.geometry import Size, target_size
-from simpletuner.data.manifest import Manifest
+from simpletuner.data.manifest import Manifest, integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Bucket:
 
 def assign(manifest: Manifest) -> list[Bucket]:
     """Returns the buckets of a dataset, ordered by target; each row of the manifest is in exactly one."""
-    width, height = (np.asarray(manifest.rows[name].to_numpy(), dtype=np.int64) for name in ("width", "height"))
+    width, height = integers(manifest.rows, "width"), integers(manifest.rows, "height")
     sizes, which = np.unique(np.stack([width, height]), axis=1, return_inverse=True)
     targets = [target_size(manifest.dataset, int(w), int(h)) for w, h in sizes.T]
     by_target: dict[Size, list[int]] = {}

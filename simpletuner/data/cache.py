@@ -1,8 +1,8 @@
 """Cached features on disk: safetensors shards of fixed membership, written whole or not at all.
 
 A shard's name is the digest of the keys it was planned for, and its safetensors header lists the keys it holds and
-those whose image turned out bad. So the folder needs no index file that could disagree with it; two processes that write
-the same shard write the same bytes; and what was killed half-way is a temporary file that nothing reads.
+those whose image turned out bad. So the folder needs no index file that could disagree with it; two processes that
+write the same shard write the same bytes; and what was killed half-way is a temporary file that nothing reads.
 """
 
 import errno

@@ -73,7 +73,7 @@ def read_captions(manifest: Manifest, deadline_seconds: float | None = None) -> 
     rows = manifest.rows.slice(0, len(found))
     problems: dict[str, list[str]] = {}
     kept: list[list[str]] = []
-    for path, captions_or_reason in zip(rows["path"].to_pylist(), found, strict=True):
+    for path, captions_or_reason in zip(manifest.ids, found, strict=False):
         if isinstance(captions_or_reason, str):
             problems.setdefault(captions_or_reason, []).append(path)
             kept.append([])
@@ -81,7 +81,7 @@ def read_captions(manifest: Manifest, deadline_seconds: float | None = None) -> 
             kept.append(captions_or_reason)
     column = pa.array(kept, pa.list_(pa.string()))
     result = replace(manifest, rows=rows.append_column("captions", column), complete=manifest.complete and complete)
-    result = result.without(problems, pa.array([bool(c) for c in kept], pa.bool_()))
+    result = result.without(problems, [bool(own) for own in kept])
     if result.complete:
         require_images(result)
     return result
@@ -100,7 +100,7 @@ def _read(manifest: Manifest) -> Iterator[list[list[str] | str]]:
             return "caption file cannot be opened"
         return found or ([""] if dataset.missing_caption == "keep" else MISSING)
 
-    paths = iter(manifest.rows["path"].to_pylist())
+    paths = iter(manifest.ids)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         while chunk := list(islice(paths, _CHUNK)):
             yield list(pool.map(read, chunk))

@@ -187,7 +187,7 @@ class CachedDataset:
 def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, ...]]]:
     """Returns the images of a dataset that have latents, and why the others have none."""
     manifest, index = cache.manifests[number], cache.latents[number]
-    paths = manifest.rows["path"].to_pylist()
+    paths = manifest.ids
     rows: list[int] = []
     keys: list[str] = []
     geometry: list[npt.NDArray[np.float32]] = []
@@ -203,7 +203,8 @@ def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, .
         keys.extend(kept.keys[place] for place in usable)
         geometry.append(kept.geometry[usable])
         starts.append(len(rows))
-    captions = [manifest.rows["captions"][row].as_py() for row in rows]
+    all_captions = manifest.captions
+    captions = [all_captions[row] for row in rows]
     flat = [cache.text.rows[text_key(caption)] for own in captions for caption in own]
     images = _Images(
         ids=tuple(paths[row] for row in rows),

@@ -10,14 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simpletuner.config.backends import DatasetConfig, ResolutionType
+from simpletuner.config.backends import SQUARE_EDGES_PX, DatasetConfig, ResolutionType
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
-# Megapixels -> edge of the square target: what users of `area` expect of these numbers, instead of sqrt(area).
-_SQUARES = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
-_SQUARE_TOLERANCE = 0.05
+_SQUARE_TOLERANCE = 0.05  # megapixels within which an area means one of the usual squares, not its square root
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def square_edge(resolution: float, kind: ResolutionType, alignment: int) -> int:
     if kind == "pixel":
         return _multiple(resolution, alignment)
     if kind == "area":
-        for megapixels, edge in _SQUARES.items():
+        for megapixels, edge in SQUARE_EDGES_PX.items():
             if abs(resolution - megapixels) <= _SQUARE_TOLERANCE:
                 return _multiple(edge, alignment)
     return _multiple(math.isqrt(round(area_px(resolution, kind))), alignment)

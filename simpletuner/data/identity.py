@@ -5,23 +5,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from simpletuner.backends._base import Backend, open_backend
-from simpletuner.batch import Cond
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
 from simpletuner.data.buckets import Bucket, assign
 from simpletuner.data.cache import Store, digest, write_atomically
 from simpletuner.data.geometry import Geometry, geometry
-from simpletuner.data.manifest import Manifest, Progress, manifest_path, write_manifest
+from simpletuner.data.manifest import Manifest, Progress, integers, manifest_path, strings, write_manifest
 from simpletuner.data.transforms import TRANSFORM_VERSION
+from simpletuner.families._base import ModelFamily, ModelSource
 
 _FORMAT = "1"  # of what a shard holds
 _NUM_READERS = 16
@@ -30,47 +29,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class FeatureEncoder(Protocol):
-    """What caching needs from a model family (``families._base.ModelFamily`` offers more)."""
-
-    def load_encoders(
-        self,
-        source: Any,  # Any: the family's own ModelSource
-        device: torch.device,
-        dtype: torch.dtype,
-        parts: frozenset[Literal["vae", "text"]],
-        vae_dtype: torch.dtype = torch.float32,
-    ) -> Any:
-        """Returns the encoders of the parts, on the device."""
-        ...
-
-    def encode_image(self, encoders: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns posterior mean and standard deviation [B, C, h, w] of pixels [B, 3, H, W]."""
-        ...
-
-    def encode_prompt(self, encoders: Any, prompts: list[str]) -> Cond:
-        """Returns the text features of B prompts."""
-        ...
-
-    def fingerprint(self, source: Any, part: Literal["vae", "text"]) -> str:
-        """Returns a digest of the files that the part's features depend on."""
-        ...
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """Returns (C, h, w) of a picture's latents."""
-        ...
-
-    def cond_bytes(self, bytes_per_number: int) -> int:
-        """Returns the size of one prompt's features in the cache."""
-        ...
-
-
 @dataclass(frozen=True)
 class Encoding:
     """Who encodes, from which files, how."""
 
-    family: FeatureEncoder
-    source: Any  # Any: the family's own ModelSource
+    family: ModelFamily
+    source: ModelSource
     device: torch.device = torch.device("cpu")
     vae_dtype: torch.dtype = torch.float32
     text_dtype: torch.dtype = torch.float32
@@ -120,8 +84,8 @@ class KeyedBucket:
 def keyed_buckets(manifest: Manifest) -> list[KeyedBucket]:
     """Returns the buckets of a manifest with the keys of their latents."""
     dataset, rows = manifest.dataset, manifest.rows
-    paths, digests = rows["path"].to_pylist(), rows["digest"].to_pylist()
-    widths, heights = rows["width"].to_pylist(), rows["height"].to_pylist()
+    paths, digests = manifest.ids, strings(rows, "digest")
+    widths, heights = integers(rows, "width").tolist(), integers(rows, "height").tolist()
     cuts: dict[tuple[int, int], Geometry] = {}  # the same for all images of a size, unless crops are random
 
     def cut_of(row: int) -> Geometry:
@@ -163,8 +127,7 @@ def identify(manifest: Manifest, ranks: Ranks, progress: Progress | None = None)
     keeps the digest "".
     """
     rows = manifest.rows
-    known, paths = rows["digest"].to_pylist(), rows["path"].to_pylist()
-    unknown = [path for path, content in zip(paths, known, strict=True) if not content]
+    unknown = [path for path, known in zip(manifest.ids, strings(rows, "digest"), strict=True) if not known]
     found = _read_digests(manifest.dataset, unknown[ranks.rank :: ranks.world], progress)
     if ranks.world > 1:
         found = _exchange(manifest.dataset, found, ranks)
@@ -209,7 +172,7 @@ def _exchange(dataset: DatasetConfig, mine: dict[str, str], ranks: Ranks) -> dic
     for part in parts:
         with part.open("rb") as file:
             held = pq.read_table(file)
-        found |= dict(zip(held["path"].to_pylist(), held["digest"].to_pylist(), strict=True))
+        found |= dict(zip(strings(held, "path"), strings(held, "digest"), strict=True))
     ranks.barrier()
     parts[ranks.rank].unlink()
     return found
@@ -217,6 +180,6 @@ def _exchange(dataset: DatasetConfig, mine: dict[str, str], ranks: Ranks) -> dic
 
 def _with_digests(table: pa.Table, found: dict[str, str]) -> pa.Table:
     """Returns the table with the digests filled in."""
-    pairs = zip(table["path"].to_pylist(), table["digest"].to_pylist(), strict=True)
+    pairs = zip(strings(table, "path"), strings(table, "digest"), strict=True)
     column = pa.array([found.get(path) or before for path, before in pairs], pa.string())
     return table.set_column(table.schema.get_field_index("digest"), "digest", column)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -60,10 +62,30 @@ class Manifest:
     files: pa.Table = field(default_factory=_SCHEMA.empty_table, repr=False)
     """All rows of the parquet file, the bad ones too."""
 
-    def without(self, problems: Mapping[str, list[str]], keep: pa.Array) -> "Manifest":
-        """Returns the manifest with the rows under the boolean mask, and the reasons for the others added."""
+    @property
+    def ids(self) -> list[str]:
+        """The paths of the images."""
+        return strings(self.rows, "path")
+
+    @property
+    def captions(self) -> list[list[str]]:
+        """The captions of each image, once they have been read."""
+        return cast("list[list[str]]", self.rows["captions"].to_pylist())
+
+    def without(self, problems: Mapping[str, list[str]], keep: list[bool]) -> "Manifest":
+        """Returns the manifest with the rows that are kept, and the reasons for the others added."""
         merged = {**self.problems, **{reason: tuple(ids) for reason, ids in problems.items()}}
-        return replace(self, rows=self.rows.filter(keep), problems=merged)
+        return replace(self, rows=self.rows.filter(pa.array(keep, pa.bool_())), problems=merged)
+
+
+def strings(table: pa.Table, name: str) -> list[str]:
+    """Returns a text column."""
+    return cast("list[str]", table[name].to_pylist())
+
+
+def integers(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+    """Returns a number column."""
+    return np.asarray(table[name].to_numpy(), dtype=np.int64)
 
 
 def scan(
@@ -128,8 +150,8 @@ def _discover(
     """Returns a row for each listed image, ordered by path, and whether that is all of them."""
     end = None if deadline_seconds is None else time.monotonic() + deadline_seconds
     known = _SCHEMA.empty_table() if known is None else known
-    rows = {path: number for number, path in enumerate(known["path"].to_pylist())}
-    stamps = np.stack([known["size_bytes"].to_numpy(), known["mtime_ns"].to_numpy()])
+    rows = {path: number for number, path in enumerate(strings(known, "path"))}
+    stamps = np.stack([integers(known, "size_bytes"), integers(known, "mtime_ns")])
     kept: list[int] = []
     fresh: list[_Header] = []
     waiting: deque[Future[_Header]] = deque()
@@ -216,8 +238,8 @@ def _table(headers: list[_Header]) -> pa.Table:
 
 def _select(dataset: DatasetConfig, files: pa.Table, complete: bool) -> Manifest:
     """Returns the manifest of the images that are readable and within the dataset's limits."""
-    width, height = (np.asarray(files[name].to_numpy(), dtype=np.int64) for name in ("width", "height"))
-    reasons = np.asarray(files["problem"].to_pylist(), dtype=object)
+    width, height = integers(files, "width"), integers(files, "height")
+    reasons = np.asarray(strings(files, "problem"), dtype=object)
     usable = np.flatnonzero(reasons == "")
     if len(usable):
         pairs = np.stack([width[usable], height[usable]])
@@ -225,8 +247,9 @@ def _select(dataset: DatasetConfig, files: pa.Table, complete: bool) -> Manifest
         limits = np.asarray([outside_limits(dataset, int(w), int(h)) or "" for w, h in sizes.T], dtype=object)
         reasons[usable] = limits[which.reshape(-1)]
     problems: dict[str, list[str]] = {}
-    for row in np.flatnonzero(reasons != ""):
-        problems.setdefault(reasons[row], []).append(files["path"][int(row)].as_py())
+    for path, reason in zip(strings(files, "path"), reasons, strict=True):
+        if reason:
+            problems.setdefault(reason, []).append(path)
     rows = files.filter(pa.array(reasons == "", pa.bool_())).drop_columns(["problem"])
     manifest = Manifest(
         dataset, _sample(dataset, rows), {reason: tuple(ids) for reason, ids in problems.items()}, complete, files
@@ -240,7 +263,7 @@ def _sample(dataset: DatasetConfig, rows: pa.Table) -> pa.Table:
     """Returns ``max_num_samples`` rows: those whose id has the lowest digest, so new images displace few others."""
     if dataset.max_num_samples is None or rows.num_rows <= dataset.max_num_samples:
         return rows
-    digests = [hashlib.blake2b(path.encode(), digest_size=8).digest() for path in rows["path"].to_pylist()]
+    digests = [hashlib.blake2b(path.encode(), digest_size=8).digest() for path in strings(rows, "path")]
     chosen = sorted(sorted(range(len(digests)), key=digests.__getitem__)[: dataset.max_num_samples])
     return rows.take(pa.array(chosen, pa.int64()))
 

@@ -1,8 +1,8 @@
 """Fills the caches: latents as posterior mean and standard deviation, and text features, each encoded once.
 
 What to encode is decided from the full ordered list of what is missing, in shards of fixed membership that are encoded
-in fixed inner batches (encoders give slightly different numbers for other batch sizes). Finished shards drop out of that
-list whole, so a killed run goes on to the very bytes of an undisturbed one.
+in fixed inner batches (encoders give slightly different numbers for other batch sizes). Finished shards drop out of
+that list whole, so a killed run goes on to the very bytes of an undisturbed one.
 
 Shapes: B inner batch, C latent channels, h w latent size, H W pixels.
 """
@@ -131,9 +131,21 @@ def precompute(
 
 
 def outstanding(
-    manifests: Sequence[Manifest], text_cache: TextCacheConfig, encoding: Encoding, prompts: Iterable[str] = ()
+    manifests: Sequence[Manifest],
+    text_cache: TextCacheConfig,
+    encoding: Encoding,
+    cond_numbers: int,
+    prompts: Iterable[str] = (),
 ) -> list[Outstanding]:
-    """Returns what each cache lacks and how large it gets; loads no weights, reads no image, writes nothing."""
+    """Returns what each cache lacks and how large it gets; loads no weights, reads no image, writes nothing.
+
+    Args:
+        manifests: With captions (``prepare``).
+        text_cache: Where text features go.
+        encoding: Who would encode; its files must be on this machine.
+        cond_numbers: How many numbers the features of one prompt are.
+        prompts: To encode beside the captions.
+    """
     family = encoding.family
     found: list[Outstanding] = []
     for manifest in manifests:
@@ -150,7 +162,7 @@ def outstanding(
         )
     store = encoding.text_store(text_cache)
     keys = [text_key(text) for text in _texts(manifests, prompts)]
-    missing, size_bytes = len(store.index().missing(keys)), family.cond_bytes(encoding.text_dtype.itemsize)
+    missing, size_bytes = len(store.index().missing(keys)), cond_numbers * encoding.text_dtype.itemsize
     total = len(set(keys))
     found.append(
         Outstanding("text", text_cache.id, store.folder, total, missing, total * size_bytes, missing * size_bytes)
@@ -163,7 +175,8 @@ def _texts(manifests: Iterable[Manifest], prompts: Iterable[str]) -> Iterator[st
     yield ""
     yield from prompts
     for manifest in manifests:
-        yield from manifest.rows["captions"].combine_chunks().flatten().to_pylist()
+        for captions in manifest.captions:
+            yield from captions
 
 
 def _chunks(keys: Sequence[str], size: int) -> list[Sequence[str]]:
@@ -195,9 +208,7 @@ def _encode_latents(shards: Sequence[_Shard], encoding: Encoding, progress: Prog
     if not shards:
         return
     family = encoding.family
-    encoders = family.load_encoders(
-        encoding.source, encoding.device, encoding.text_dtype, frozenset({"vae"}), encoding.vae_dtype
-    )
+    encoders = family.load_encoders(encoding.source, encoding.device, encoding.vae_dtype, frozenset({"vae"}))
     total, done = sum(len(shard.keys) for shard in shards), 0
     window = _DECODED_BATCHES * max(shard.manifest.dataset.vae_batch_size for shard in shards)
     backends: dict[str, Backend] = {}
@@ -281,9 +292,7 @@ def _encode_text(
     if not chunks:
         return
     family = encoding.family
-    encoders = family.load_encoders(
-        encoding.source, encoding.device, encoding.text_dtype, frozenset({"text"}), encoding.vae_dtype
-    )
+    encoders = family.load_encoders(encoding.source, encoding.device, encoding.text_dtype, frozenset({"text"}))
     total, done = sum(len(keys) for keys in chunks), 0
     for shard in chunks:
         parts: dict[str, list[Tensor]] = {}

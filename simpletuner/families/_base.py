@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from torch import Tensor, nn
 
 from simpletuner.batch import Cond
@@ -28,8 +28,7 @@ Part = Literal["vae", "text"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Json = dict[str, Any]  # Any: the values of another library's config files
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_UNREACHABLE = (HfHubHTTPError, LocalEntryNotFoundError, OSError)  # OSError: no network at all
+_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]*/\w(?:[\w.-]*\w)?")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Place:
             ) from error
         except RevisionNotFoundError as error:
             raise UserError(f"revision: '{self.path}' has no revision '{self.revision}'") from error
-        except _UNREACHABLE as error:
+        except OSError as error:  # what all errors of the hub are, and those of the network
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"{self.key}: '{self.path}' could not be had from the hub ({reason}): "
@@ -114,11 +113,14 @@ class ModelSource:
         return Place(self.path, "pretrained_model_name_or_path", self.revision, self.variant)
 
     def place(self, component: str) -> Place:
-        """Returns the place of a component: its own when the config names one, else the model's."""
+        """Returns the place of a component: its own when the config names one, else the model's.
+
+        ``revision`` and ``variant`` are the model's: another repository seldom has the same.
+        """
         if component == "vae" and self.vae_path:
-            return Place(self.vae_path, "pretrained_vae_model_name_or_path", variant=self.variant)
+            return Place(self.vae_path, "pretrained_vae_model_name_or_path")
         if component == "unet" and self.unet_path:
-            return Place(self.unet_path, "pretrained_unet_model_name_or_path", variant=self.variant)
+            return Place(self.unet_path, "pretrained_unet_model_name_or_path")
         return self.main
 
     def config_place(self, published: str) -> Place:
@@ -296,6 +298,10 @@ class ModelFamily(Protocol):
     """Of a model whose files do not say."""
     provides: frozenset[str]
     """What methods may require, such as ``"uncond"`` or ``"guidance_embedding"``."""
+    pipeline_class: str
+    """Name of the diffusers pipeline that draws with these models."""
+    usual_sampling: tuple[int, float]
+    """Steps and guidance scale with which the base models are usually drawn, by their own scheduler."""
     lora_targets: tuple[str, ...]
     """Default targets where the method advises none: those of diffusers' own training scripts."""
 

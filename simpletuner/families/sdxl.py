@@ -77,6 +77,8 @@ class SDXL:
 
     prediction_type: PredictionType = "epsilon"
     provides: frozenset[str] = frozenset({"uncond", "guidance_embedding", "lora", "epsilon", "v_prediction"})
+    pipeline_class: str = "StableDiffusionXLPipeline"
+    usual_sampling: tuple[int, float] = (30, 5.0)
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def facts(self, source: ModelSource) -> Facts:
@@ -90,7 +92,7 @@ class SDXL:
             shapes = None
             notices = ("a single file names its layers in another way: what is trained is counted when it is loaded",)
         elif shapes is None:
-            notices = (f"'{source.place('unet').path}' is not on this machine yet: it will be downloaded from the hub",)
+            notices = (f"'{source.place('unet').path}' is no folder here: it will be downloaded from the hub",)
         return Facts(
             scheduler_config=scheduler,
             prediction_type=None if scheduler is None else scheduler.get("prediction_type", self.prediction_type),

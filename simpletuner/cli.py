@@ -1,0 +1,116 @@
+"""The command line: ``simpletuner train | plan | cache | quickstart``.
+
+Every command takes ``--config PATH`` (a config.json or its folder) and overrides such as ``--max_train_steps 100``.
+A mistake of the user is printed as plain lines and ends with status 2; a run that was stopped by a signal with 128 plus
+its number, as a shell counts it.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simpletuner.config.errors import UserError
+from simpletuner.config.load import default_config_path, load
+from simpletuner.config.schema import Config
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+_ConfigPath = Annotated[
+    Path | None,
+    typer.Option("--config", help="A config.json (or .toml), or the folder that holds it. Default: $ENV, or config/."),
+]
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(context: typer.Context, config: _ConfigPath = None) -> None:
+    """Run a config: scan, cache, train, validate, save. Without any config: the quickstart."""
+    from simpletuner.run import train as run
+
+    state = run(_read(context, config))
+    if state.stopped_by is not None:
+        raise typer.Exit(128 + state.stopped_by)
+
+
+@app.command(context_settings=_OVERRIDES)
+def quickstart(context: typer.Context) -> None:
+    """Draw the example's pictures and model, and run its config: config/examples/quickstart."""
+    from simpletuner.quickstart import prepare
+
+    train(context, prepare())
+
+
+@app.command(context_settings=_OVERRIDES)
+def plan(
+    context: typer.Context,
+    config: _ConfigPath = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Say what a run would do, before any weight is loaded; write nothing."""
+    from simpletuner.planning import look_ahead
+    from simpletuner.plan_view import plan_json, plan_text
+
+    made = look_ahead(_read(context, config))
+    print(json.dumps(plan_json(made), indent=1) if as_json else plan_text(made))
+
+
+@app.command(context_settings=_OVERRIDES)
+def cache(context: typer.Context, config: _ConfigPath = None) -> None:
+    """Scan the datasets and cache latents and text features, without training."""
+    from simpletuner.run import fill_cache
+
+    fill_cache(_read(context, config))
+
+
+def _read(context: typer.Context, path: Path | None) -> Config:
+    """Returns the config that was named, else the one that the environment names, else the quickstart's."""
+    found = path if path is not None else default_config_path(os.environ, Path.cwd())
+    if found is None:
+        from simpletuner.quickstart import prepare
+
+        found = prepare()
+        logging.getLogger(__name__).info("no config/config.json: this is the quickstart; copy %s to make it yours", found.parent)
+    return load(found, _overrides(context.args))
+
+
+def _overrides(words: list[str]) -> dict[str, str]:
+    """Returns key -> value of ``--key value`` and ``--key=value``; a key without a value is switched on.
+
+    Raises:
+        UserError: A word stands where a key should.
+    """
+    found: dict[str, str] = {}
+    waiting: str | None = None
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word.removeprefix("--").partition("=")
+            found[key] = value if equals else "true"
+            waiting = None if equals else key
+        elif waiting is not None:
+            found[waiting] = word
+            waiting = None
+        elif "=" in word:  # KEY=value, as train.sh's users write it
+            key, _, value = word.partition("=")
+            found[key] = value
+        else:
+            raise UserError(f"'{word}': not understood; write overrides as --key value")
+    return found
+
+
+def main() -> None:
+    """Runs the command line and ends the process with its status."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for chatty in ("httpx", "diffusers", "transformers", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        if rank == 0:  # the other ranks make the same mistake
+            print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,170 @@
+"""Draws the validation prompts every so often, with the sampler that the method's users will use."""
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.data.cache import digest
+from simpletuner.data.precompute import Cache
+from simpletuner.hooks.contact_sheet import write_contact_sheet
+from simpletuner.plan import Plan
+from simpletuner.training.build import Run
+from simpletuner.training.metrics import Row
+from simpletuner.training.sampling import SamplingSettings, base_settings, draw_picture, student_settings
+from simpletuner.training.state import TrainState
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw at every validation."""
+
+    prompt: str
+    size_px: tuple[int, int]
+    """Width and height."""
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        """The file in each column's folder: readable, and another one for another prompt."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower())[:40].strip("-")
+        width, height = self.size_px
+        return f"{words}-{digest(self.prompt)[:6]}-{width}x{height}-{self.seed}.png"
+
+    @property
+    def label(self) -> str:
+        """The row's heading on the contact sheet."""
+        return f"{self.size_px[0]}x{self.size_px[1]}, seed {self.seed}: {self.prompt}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A moment of the run on the contact sheet, or the base model to compare with."""
+
+    folder: str
+    label: str
+    settings: SamplingSettings
+    use_adapter: bool
+
+
+def make_validation(plan: Plan, run: Run, cache: Cache) -> "Validation":
+    """Returns the hook that draws what the plan says."""
+    validation = plan.validation
+    requests = [
+        Request(prompt, size_px, seed)
+        for prompt in validation.prompts
+        for size_px in validation.sizes_px
+        for seed in validation.seeds
+    ]
+    return Validation(
+        run,
+        cache,
+        requests,
+        validation.negative_prompt,
+        student=student_settings(plan, run),
+        base=base_settings(plan),
+        folder=plan.config.run.output_dir / "validation",
+        step_interval=validation.step_interval,
+    )
+
+
+class Validation:
+    """A hook that draws every request at every interval and keeps the contact sheet up to date."""
+
+    def __init__(
+        self,
+        run: Run,
+        cache: Cache,
+        requests: Sequence[Request],
+        negative_prompt: str,
+        student: SamplingSettings,
+        base: SamplingSettings,
+        folder: Path,
+        step_interval: int,
+    ) -> None:
+        self._run = run
+        self._cache = cache
+        self._requests = requests
+        self._negative_prompt = negative_prompt
+        self._student = student
+        self._step_interval = step_interval
+        self._folder = folder
+        self._base_columns = [
+            Column("base", f"base, {base.num_inference_steps} steps", base, use_adapter=False),
+            Column("base-few-steps", f"base, {student.num_inference_steps} steps", student, use_adapter=False),
+        ]
+
+    def on_start(self, state: TrainState) -> None:
+        """Draws the base model once, while it is still at hand; a full model changes with the first step."""
+        for folder in self._folder.glob("step-*"):
+            if _step_of(folder) > state.step and self._run.accelerator.is_main_process:
+                shutil.rmtree(folder)  # drawn by steps that are about to be made again
+        self._run.accelerator.wait_for_everyone()
+        if state.step == 0 or self._run.has_adapter:
+            for column in self._base_columns:
+                self._draw(column)
+        if state.step:
+            self.on_step(state, None)
+
+    def on_step(self, state: TrainState, row: Row | None) -> None:
+        """Draws the student where the interval or the end of the run asks for it."""
+        if state.finished or (self._step_interval and state.step % self._step_interval == 0):
+            self._draw(self._column(state.step))
+
+    def on_end(self, state: TrainState) -> None:
+        """Has nothing left to do: the last step was drawn when it was made."""
+
+    def _column(self, step: int) -> Column:
+        return Column(f"step-{step:06d}", f"step {step}, {self._student.num_inference_steps} steps", self._student, True)
+
+    def _draw(self, column: Column) -> None:
+        """Draws this rank's share of a column's missing pictures, then the sheet."""
+        run, folder = self._run, self._folder / column.folder
+        missing = [request for request in self._requests if not (folder / request.file_name).exists()]
+        if missing:
+            started = time.perf_counter()
+            folder.mkdir(parents=True, exist_ok=True)
+            vae = run.load_vae()
+            for request in missing[run.accelerator.process_index :: run.accelerator.num_processes]:
+                self._draw_one(column, request, vae, folder / request.file_name)
+            del vae
+            if run.accelerator.is_main_process:
+                _LOG.info("drew %d pictures in %.1f s: %s", len(missing), time.perf_counter() - started, folder)
+        run.accelerator.wait_for_everyone()
+        if missing and run.accelerator.is_main_process:
+            self._write_sheet()
+
+    def _draw_one(self, column: Column, request: Request, vae: object, path: Path) -> None:
+        picture = draw_picture(
+            self._run.family,
+            self._run.module,
+            vae,
+            column.settings,
+            self._cache.prompt(request.prompt),
+            self._cache.prompt(self._negative_prompt),
+            request.size_px,
+            request.seed,
+            column.use_adapter,
+        )
+        temporary = path.with_suffix(".tmp")
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, path)
+
+    def _write_sheet(self) -> None:
+        steps = sorted(_step_of(folder) for folder in self._folder.glob("step-*"))
+        columns = [*self._base_columns, *(self._column(step) for step in steps)]
+        write_contact_sheet(
+            self._folder / "contact_sheet.png",
+            [(column.label, self._folder / column.folder) for column in columns],
+            [(request.label, request.file_name) for request in self._requests],
+        )
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

@@ -1,0 +1,392 @@
+"""The plan of a run: classes chosen, numbers derived, conflicts refused, before any weight is loaded.
+
+It reads JSON files and safetensors headers only, writes nothing, and imports neither diffusers nor transformers.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from simpletuner import registry
+from simpletuner.config.errors import UserError
+from simpletuner.config.schema import SECTIONS, Config, OptimizerSection, inert_options, section_of
+from simpletuner.data.identity import Encoding
+from simpletuner.data.precompute import Outstanding, outstanding
+from simpletuner.data.summary import DatasetSummary
+from simpletuner.distillers._base import Defaults, Distiller, RunFacts
+from simpletuner.families._base import Facts, ModelFamily, ModelSource, lora_modules, lora_num_parameters
+from simpletuner.optimizers._base import OptimizerPlugin
+from simpletuner.schedules import NoiseSchedule, from_scheduler_config
+
+T = TypeVar("T")
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_VAE_DTYPES = {"default": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """The adapter to train."""
+
+    settings: Mapping[str, Any]
+    """Arguments of ``peft.LoraConfig``."""
+    num_modules: int | None
+    """Layers that are adapted; None when the model is not on this machine yet."""
+    num_parameters: int | None
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """The pictures to draw while training; without prompts nothing is drawn."""
+
+    prompts: tuple[str, ...]
+    negative_prompt: str
+    sizes_px: tuple[tuple[int, int], ...]
+    """(width, height) of each."""
+    seeds: tuple[int, ...]
+    step_interval: int
+    num_inference_steps: int | None
+    """None: what the method's sampler advises."""
+    guidance_scale: float | None
+    guidance_rescale: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done; every number that more than one place needs is derived here, once."""
+
+    config: Config
+    family: ModelFamily
+    source: ModelSource
+    facts: Facts
+    method: str
+    distiller: type[Distiller]
+    method_config: Any  # Any: an instance of the method's own Config, which only the method reads
+    optimizer: OptimizerPlugin
+    optimizer_section: OptimizerSection
+    """The config's section with the learning rate that is really used."""
+    lora: LoraPlan | None
+    validation: ValidationPlan
+    datasets: tuple[DatasetSummary, ...]
+    world: int
+    """Number of processes."""
+    max_steps: int
+    batches_per_epoch: int
+    """Micro-batches of all ranks together in which every dataset is shown once."""
+    caches: tuple[Outstanding, ...] | None
+    """What the latents of each dataset, and the text features, lack; None when the encoders are not here yet."""
+    weight_dtype: torch.dtype
+    """Of the network's weights; an adapter's are float32."""
+    text_dtype: torch.dtype
+    vae_dtype: torch.dtype
+    compute_dtype: torch.dtype | None
+    """Of autocast around the network; None: no autocast."""
+    notices: tuple[str, ...]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts to encode beside the captions."""
+        return (*self.validation.prompts, self.validation.negative_prompt)
+
+    def encoding(self, device: torch.device) -> Encoding:
+        """Returns who encodes the caches, on a device."""
+        return Encoding(self.family, self.source, device, self.vae_dtype, self.text_dtype)
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples of a full optimizer step, over all processes."""
+        run = self.config.run
+        return max(s.config.train_batch_size for s in self.datasets) * run.gradient_accumulation_steps * self.world
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data that the steps make."""
+        return self.max_steps * self.config.run.gradient_accumulation_steps / self.batches_per_epoch
+
+
+class Problems:
+    """Collects the lines of all mistakes, so that a user sees them at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """Returns the action's result, or None when it raised a UserError, whose lines are kept."""
+        try:
+            return action()
+        except UserError as error:
+            self.lines.extend(error.lines)
+            return None
+
+    def raise_any(self) -> None:
+        """Raises one UserError with all lines, if there are any."""
+        if self.lines:
+            raise UserError(*dict.fromkeys(self.lines))
+
+
+def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1) -> Plan:
+    """Returns the plan of a run.
+
+    Args:
+        config: As loaded.
+        datasets: What the scan found of each dataset.
+        world: Number of processes.
+
+    Raises:
+        UserError: One line for each mistake that the config still has.
+    """
+    chosen = choose(config)
+    family, distiller = chosen.family, chosen.distiller
+    problems = Problems()
+    notices = [*config.notices, *_inert_notices(config), *chosen.facts.notices]
+    weight_dtype, compute_dtype = _dtypes(config, chosen.optimizer, notices, problems)
+    missing = distiller.requires - family.provides
+    if missing:
+        problems.lines.append(f"distillation_method: {chosen.method} needs a family with {', '.join(sorted(missing))}")
+    defaults = distiller.defaults(config.model.model_type)
+    validation = problems.attempt(lambda: _validation(config, defaults))
+    method_config = _method_config(config, chosen, validation, notices, problems)
+    batches = sum(summary.batches_per_epoch(world) for summary in datasets)
+    max_steps = problems.attempt(lambda: _max_steps(config, batches, notices))
+    problems.raise_any()
+    assert validation is not None and max_steps is not None
+    lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
+    if config.optimizer.lr_warmup_steps >= max_steps:
+        notices.append(
+            f"lr_warmup_steps: the learning rate is still rising when the run ends ({max_steps} steps); "
+            f"full rate is reached at step {config.optimizer.lr_warmup_steps}"
+        )
+    text_dtype, vae_dtype = _DTYPES[config.run.mixed_precision], _VAE_DTYPES[config.model.vae_dtype]
+    encoding = Encoding(family, chosen.source, vae_dtype=vae_dtype, text_dtype=text_dtype)
+    return Plan(
+        config=config,
+        family=family,
+        source=chosen.source,
+        facts=chosen.facts,
+        method=chosen.method,
+        distiller=distiller,
+        method_config=method_config,
+        optimizer=chosen.optimizer,
+        optimizer_section=_scaled(config, world, notices),
+        lora=lora,
+        validation=validation,
+        datasets=tuple(datasets),
+        world=world,
+        max_steps=max_steps,
+        batches_per_epoch=batches,
+        caches=_caches(config, chosen, encoding, datasets, validation),
+        weight_dtype=weight_dtype,
+        text_dtype=text_dtype,
+        vae_dtype=vae_dtype,
+        compute_dtype=compute_dtype,
+        notices=tuple(dict.fromkeys(notices)),
+    )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The plug-ins that the config names, and what the model's headers tell."""
+
+    family: ModelFamily
+    source: ModelSource
+    facts: Facts
+    method: str
+    distiller: type[Distiller]
+    optimizer: OptimizerPlugin
+
+
+def choose(config: Config) -> Chosen:
+    """Returns the plug-ins of a config; needs no data, so that the scan can wait for it.
+
+    Raises:
+        UserError: One line for each name that is unknown and each path that is no model.
+    """
+    problems, model = Problems(), config.model
+    method = config.distillation.distillation_method or "sft"
+    source = ModelSource(
+        path=model.pretrained_model_name_or_path,
+        vae_path=model.pretrained_vae_model_name_or_path,
+        unet_path=model.pretrained_unet_model_name_or_path,
+        revision=model.revision,
+        variant=model.variant,
+        single_file_config=model.single_file_config,
+    )
+    family = problems.attempt(lambda: registry.load("families", model.model_family, "model_family")().for_model(source))
+    facts = problems.attempt(lambda: family.facts(source)) if family else None
+    distiller = problems.attempt(lambda: registry.load("distillers", method, "distillation_method"))
+    optimizer = problems.attempt(lambda: registry.load("optimizers", config.optimizer.optimizer, "optimizer"))
+    if optimizer is not None:
+        problems.attempt(lambda: optimizer.keywords(config.optimizer))
+    problems.raise_any()
+    assert family and facts and distiller and optimizer
+    return Chosen(family, source, facts, method, distiller, optimizer)
+
+
+def _inert_notices(config: Config) -> list[str]:
+    """Returns a line for each option that the user set and that does nothing yet."""
+    return [
+        f"{key}: has no effect: {reason}" for key, reason in inert_options().items() if _is_set_away(config, key)
+    ]
+
+
+def _is_set_away(config: Config, key: str) -> bool:
+    """Returns whether the user gave an option a value other than its default."""
+    section = section_of()[key]
+    return key in config.explicit and getattr(getattr(config, section), key) != SECTIONS[section].model_fields[key].default
+
+
+def _dtypes(
+    config: Config, optimizer: OptimizerPlugin, notices: list[str], problems: Problems
+) -> tuple[torch.dtype, torch.dtype | None]:
+    """Returns (the dtype of the network's weights, of autocast or None)."""
+    precision, name = config.run.mixed_precision, config.optimizer.optimizer
+    if precision == "fp16" and not torch.cuda.is_available():
+        problems.lines.append("mixed_precision: 'fp16' needs a GPU, and this machine has none; use 'bf16' or 'no'")
+    dtype = _DTYPES[precision]
+    compute = None if dtype is torch.float32 else dtype
+    if config.model.model_type == "lora":
+        if optimizer.trains_bf16:
+            notices.append(f"optimizer: '{name}' acts as plain AdamW here: an adapter's weights stay float32")
+        return dtype, compute
+    if dtype is torch.bfloat16 and optimizer.trains_bf16:
+        return dtype, compute
+    if compute is not None:
+        notices.append(f"mixed_precision: the weights stay float32, as '{name}' needs; the network computes in {precision}")
+    return torch.float32, compute
+
+
+def _validation(config: Config, defaults: Defaults) -> ValidationPlan:
+    """Returns what to draw. Raises UserError for a prompt library that cannot be read."""
+    section = config.validation
+    prompts = [section.validation_prompt] if section.validation_prompt else []
+    if section.user_prompt_library is not None:
+        prompts += _prompt_library(section.user_prompt_library)
+    seed = section.validation_seed if section.validation_seed is not None else config.run.seed
+    steps, guidance = section.validation_num_inference_steps, section.validation_guidance
+    return ValidationPlan(
+        prompts=() if section.validation_disable else tuple(dict.fromkeys(prompts)),
+        negative_prompt=section.validation_negative_prompt,
+        sizes_px=section.resolutions,
+        seeds=tuple(seed + i for i in range(section.num_validation_images)),
+        step_interval=section.validation_step_interval,
+        num_inference_steps=steps if steps is not None else defaults.validation_num_inference_steps,
+        guidance_scale=guidance if guidance is not None else defaults.validation_guidance,
+        guidance_rescale=section.validation_guidance_rescale,
+    )
+
+
+def _prompt_library(path: Any) -> list[str]:
+    try:
+        library = json.loads(path.read_text(encoding="utf8"))
+    except OSError as error:
+        raise UserError(f"user_prompt_library: '{path}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"user_prompt_library: '{path}' is no JSON: {error}") from error
+    if not isinstance(library, dict) or not all(isinstance(prompt, str) for prompt in library.values()):
+        raise UserError(f"user_prompt_library: '{path}' is not of the form {{\"name\": \"prompt\", ...}}")
+    return list(library.values())
+
+
+def _method_config(
+    config: Config, chosen: Chosen, validation: ValidationPlan | None, notices: list[str], problems: Problems
+) -> Any:  # Any: an instance of the method's own Config
+    """Returns the method's checked options, or None when they are wrong."""
+    configured = problems.attempt(
+        lambda: chosen.distiller.configure(config.distillation.distillation_config, config.objective)
+    )
+    if configured is None:
+        return None
+    method_config, method_notices = configured
+    notices.extend(method_notices)
+    scheduler = chosen.facts.scheduler_config
+    schedule: NoiseSchedule | None = from_scheduler_config(scheduler) if scheduler is not None else None
+    draws = validation is not None and validation.prompts
+    facts = RunFacts(
+        model_type=config.model.model_type,
+        prediction_type=config.model.prediction_type or chosen.facts.prediction_type,
+        schedule=schedule,
+        validation_num_inference_steps=validation.num_inference_steps if draws else None,
+        validation_guidance=validation.guidance_scale if draws else None,
+    )
+    notices.extend(problems.attempt(lambda: chosen.distiller.check(method_config, facts)) or [])
+    return method_config
+
+
+def _max_steps(config: Config, batches_per_epoch: int, notices: list[str]) -> int:
+    """Returns the optimizer steps of the run: of ``max_train_steps`` and ``num_train_epochs`` the smaller."""
+    run = config.run
+    if batches_per_epoch == 0:
+        raise UserError("no dataset has an image to train on; see the lines on each dataset")
+    by_epochs = (
+        math.ceil(run.num_train_epochs * batches_per_epoch / run.gradient_accumulation_steps)
+        if run.num_train_epochs is not None
+        else None
+    )
+    if run.max_train_steps is not None and by_epochs is not None:
+        shorter = "max_train_steps" if run.max_train_steps <= by_epochs else "num_train_epochs"
+        notices.append(
+            f"max_train_steps and num_train_epochs: {run.max_train_steps} steps and {by_epochs} steps "
+            f"({run.num_train_epochs} epochs): {shorter} is the smaller and holds"
+        )
+    given = [steps for steps in (run.max_train_steps, by_epochs) if steps is not None]
+    if not given:
+        raise UserError("max_train_steps: give the length of the run by max_train_steps or num_train_epochs")
+    return min(given)
+
+
+def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]) -> LoraPlan:
+    """Returns the adapter: its targets are the user's, else the method's, else the family's."""
+    lora = config.lora
+    targets = lora.peft_lora_target_modules or defaults.lora_targets or chosen.family.lora_targets
+    rank = lora.lora_rank
+    if "lora_rank" not in config.explicit and defaults.lora_rank is not None:
+        rank = defaults.lora_rank
+    if lora.lora_dropout > 0 and chosen.method != "sft":
+        notices.append("lora_dropout: a distilled target that is itself dropped out is noisy; 0 is advised")
+    settings = {
+        "r": rank,
+        "lora_alpha": lora.lora_alpha if lora.lora_alpha is not None else rank,
+        "lora_dropout": lora.lora_dropout,
+        "init_lora_weights": "gaussian" if lora.lora_init_type == "gaussian" else True,
+        "target_modules": list(targets),
+        "use_dora": lora.use_dora,
+    }
+    if chosen.facts.shapes is None:
+        return LoraPlan(settings, None, None)
+    modules = lora_modules(chosen.facts.shapes, targets)
+    unmatched = [target for target in targets if not lora_modules(chosen.facts.shapes, [target])]
+    if not modules:
+        raise UserError(f"peft_lora_target_modules: no layer of the model is named {', '.join(targets)}")
+    if unmatched and lora.peft_lora_target_modules:
+        notices.append(f"peft_lora_target_modules: no layer of the model is named {', '.join(unmatched)}")
+    return LoraPlan(settings, len(modules), lora_num_parameters(modules, rank))
+
+
+def _caches(
+    config: Config,
+    chosen: Chosen,
+    encoding: Encoding,
+    datasets: Sequence[DatasetSummary],
+    validation: ValidationPlan,
+) -> tuple[Outstanding, ...] | None:
+    """Returns what the caches lack, or None when that cannot be told without a download."""
+    if not chosen.facts.encoders_here or chosen.facts.cond_numbers is None:
+        return None
+    manifests = [summary.manifest for summary in datasets]
+    prompts = (*validation.prompts, validation.negative_prompt)
+    return tuple(outstanding(manifests, config.text_cache, encoding, chosen.facts.cond_numbers, prompts))
+
+
+def _scaled(config: Config, world: int, notices: list[str]) -> OptimizerSection:
+    """Returns the optimizer's section with ``scale_lr`` applied to the learning rate."""
+    section = config.optimizer
+    if not section.scale_lr:
+        return section
+    scale = config.run.gradient_accumulation_steps * config.run.train_batch_size * world
+    rate = section.learning_rate * scale
+    notices.append(f"scale_lr: the learning rate is {section.learning_rate:g} x {scale} = {rate:g}")
+    return section.model_copy(update={"learning_rate": rate})

@@ -1,0 +1,176 @@
+"""The plan for a person, as lines of text, and for programs, as JSON."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from simpletuner.data.summary import DatasetSummary
+from simpletuner.plan import Plan
+
+_NUM_BUCKETS = 20
+"""Buckets listed for a dataset; the rest is one line, and all of them are in the JSON."""
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:  # Any: JSON
+    """Returns what the plan knows as JSON values."""
+    run, lora = plan.config.run, plan.lora
+    return {
+        "model": plan.source.path,
+        "model_family": plan.config.model.model_family,
+        "model_type": plan.config.model.model_type,
+        "method": plan.method,
+        "lora": None
+        if lora is None
+        else {**lora.settings, "num_modules": lora.num_modules, "num_parameters": lora.num_parameters},
+        "datasets": [_dataset_json(summary, plan.world) for summary in plan.datasets],
+        "buckets": [
+            {"dataset": summary.config.id, "target": bucket.name, "images": len(bucket)}
+            for summary in plan.datasets
+            for bucket in summary.buckets
+        ],
+        "batches_per_epoch": plan.batches_per_epoch,
+        "max_steps": plan.max_steps,
+        "epochs": plan.epochs,
+        "effective_batch": plan.effective_batch,
+        "processes": plan.world,
+        "output_dir": str(run.output_dir),
+        "validation": {
+            "prompts": list(plan.validation.prompts),
+            "sizes": [f"{width}x{height}" for width, height in plan.validation.sizes_px],
+            "num_inference_steps": plan.validation.num_inference_steps,
+            "guidance_scale": plan.validation.guidance_scale,
+        },
+        "caches": None
+        if plan.caches is None
+        else [{**vars(cache), "folder": str(cache.folder)} for cache in plan.caches],
+        "notices": list(plan.notices),
+    }
+
+
+def _dataset_json(summary: DatasetSummary, world: int) -> dict[str, Any]:
+    return {
+        "id": summary.config.id,
+        "images": summary.num_images,
+        "complete": summary.complete,
+        "left_out": {reason: len(ids) for reason, ids in summary.problems.items()},
+        "batches_per_epoch": summary.batches_per_epoch(world),
+    }
+
+
+def plan_rows(plan: Plan) -> dict[str, str]:
+    """Returns what a model card says of the training: heading -> text."""
+    run, section = plan.config.run, plan.optimizer_section
+    rows = {
+        "base model": plan.source.path,
+        "method": plan.method,
+        "steps": f"{plan.max_steps} of {plan.effective_batch} samples",
+        "learning rate": f"{section.learning_rate:g}, {section.lr_scheduler}",
+        "optimizer": section.optimizer,
+        "precision": run.mixed_precision,
+        "images": str(sum(summary.num_images for summary in plan.datasets)),
+        "seed": str(run.seed),
+    }
+    if plan.lora is not None:
+        rows["adapter"] = f"LoRA rank {plan.lora.settings['r']}, alpha {plan.lora.settings['lora_alpha']:g}"
+    return rows
+
+
+def plan_text(plan: Plan) -> str:
+    """Returns the plan as text, in the order in which a person would ask."""
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    run = plan.config.run
+    precision = "float32" if plan.compute_dtype is None else run.mixed_precision
+    yield f"model       {plan.source.path} ({plan.config.model.model_family})"
+    yield f"method      {plan.method}, {plan.config.model.model_type}, computing in {precision}"
+    yield from _trained(plan)
+    section = plan.optimizer_section
+    yield (
+        f"optimizer   {section.optimizer}, learning rate {section.learning_rate:g}, {section.lr_scheduler}"
+        + (f", warmup {section.lr_warmup_steps} steps" if section.lr_warmup_steps else "")
+    )
+    for summary in plan.datasets:
+        yield from _dataset_lines(summary, plan.world)
+    yield from _cache_lines(plan)
+    batch = f"{run.train_batch_size} x {run.gradient_accumulation_steps} accumulated x {plan.world} processes"
+    yield f"steps       {plan.max_steps}, each of {plan.effective_batch} samples ({batch}): {plan.epochs:.2f} epochs"
+    yield f"an epoch    {plan.batches_per_epoch} batches"
+    yield from _validation_lines(plan)
+    yield f"output      {run.output_dir}, a checkpoint every {run.checkpoint_step_interval} steps"
+    if plan.notices:
+        yield "notices"
+        yield from (f"  - {notice}" for notice in plan.notices)
+
+
+def _trained(plan: Plan) -> Iterator[str]:
+    lora = plan.lora
+    if lora is None:
+        shapes = plan.facts.shapes
+        counted = f": {_count(sum(map(math.prod, shapes.values())))} parameters" if shapes is not None else ""
+        yield f"trains      all weights{counted}"
+        return
+    counted = "counted when the model has been loaded"
+    if lora.num_parameters is not None:
+        counted = f"{_count(lora.num_parameters)} parameters in {lora.num_modules} layers"
+    yield f"trains      LoRA rank {lora.settings['r']}, alpha {lora.settings['lora_alpha']:g}: {counted}"
+    yield f"            on {' '.join(lora.settings['target_modules'])}"
+
+
+def _dataset_lines(summary: DatasetSummary, world: int) -> Iterator[str]:
+    config = summary.config
+    so_far = "" if summary.complete else " so far (not all are counted yet)"
+    yield f"dataset     {config.id}: {summary.num_images} images{so_far} in {len(summary.buckets)} buckets"
+    for bucket in summary.buckets[:_NUM_BUCKETS]:
+        yield f"              {bucket.name:>11}  {len(bucket)} images"
+    if len(summary.buckets) > _NUM_BUCKETS:
+        rest = summary.buckets[_NUM_BUCKETS:]
+        yield f"              and {sum(map(len, rest))} images in {len(rest)} more buckets"
+    repeats = f", {config.repeats} repeats" if config.repeats else ""
+    yield f"            batch {config.train_batch_size}{repeats}: {summary.batches_per_epoch(world)} batches an epoch"
+    for reason, ids in summary.problems.items():
+        yield f"            {len(ids)} left out: {reason} (such as {ids[0]})"
+
+
+def _cache_lines(plan: Plan) -> Iterator[str]:
+    if plan.caches is None:
+        yield "to cache    latents and text features of all images: counted when the model has been downloaded"
+        return
+    for number, cache in enumerate(plan.caches):
+        heading = "" if number else "to cache"
+        yield (
+            f"{heading:12}{cache.missing} of {cache.total} {cache.what} of {cache.id}: {_bytes(cache.missing_bytes)} "
+            f"of {_bytes(cache.total_bytes)}"
+        )
+
+
+def _validation_lines(plan: Plan) -> Iterator[str]:
+    validation = plan.validation
+    if not validation.prompts:
+        yield "validation  none"
+        return
+    sizes = ", ".join(f"{width}x{height}" for width, height in validation.sizes_px)
+    every = f"every {validation.step_interval} steps and " if validation.step_interval else ""
+    steps = "its sampler's own number of" if validation.num_inference_steps is None else validation.num_inference_steps
+    guidance = "its own" if validation.guidance_scale is None else f"{validation.guidance_scale:g}"
+    if validation.guidance_scale is not None and validation.guidance_scale <= 1:
+        guidance = "off"
+    yield (
+        f"validation  {len(validation.prompts)} prompts at {sizes}, {every}at the end: {steps} steps, guidance {guidance}"
+    )
+
+
+def _count(number: int) -> str:
+    """Returns a number of parameters as a person says it: 196.8M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} bytes"

@@ -1,0 +1,38 @@
+"""Looks ahead: scans as far as a few seconds go and plans, without writing anything."""
+
+import os
+import time
+from functools import partial
+
+from simpletuner.config.schema import Config
+from simpletuner.data.captions import read_captions
+from simpletuner.data.manifest import scan
+from simpletuner.data.summary import DatasetSummary, summarise
+from simpletuner.plan import Plan, Problems, choose, make_plan
+
+SCAN_SECONDS = 2.0
+"""What counting the images of folders that were never scanned may take; then the plan says "so far"."""
+
+
+def look_ahead(config: Config) -> Plan:
+    """Returns the plan of a config on this machine.
+
+    Raises:
+        UserError: One line for each mistake in the config, the model and the data.
+    """
+    problems = Problems()
+    problems.attempt(partial(choose, config))
+    end = time.monotonic() + SCAN_SECONDS
+    summaries: list[DatasetSummary] = []
+    for dataset in config.datasets:
+        manifest = problems.attempt(partial(scan, dataset, max(0.1, end - time.monotonic()), write=False))
+        if manifest is not None:
+            named = problems.attempt(partial(read_captions, manifest, max(0.1, end - time.monotonic())))
+            summaries += [summarise(named)] if named is not None else []
+    problems.raise_any()
+    return make_plan(config, summaries, num_processes())
+
+
+def num_processes() -> int:
+    """Returns how many processes the run has, or would have if it were started as the environment says."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("TRAINING_NUM_PROCESSES") or "1")

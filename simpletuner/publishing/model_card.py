@@ -1,0 +1,102 @@
+"""The README beside the weights: what was trained, and the exact code that draws with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData
+
+_DTYPES = {torch.float32: "torch.float32", torch.bfloat16: "torch.bfloat16", torch.float16: "torch.float16"}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says of a run."""
+
+    title: str
+    base_model: str
+    """Hub id or path, as the config names it."""
+    here: str
+    """Where a reader finds the files: the repository on the hub, or output_dir."""
+    pipeline: str
+    """Name of the diffusers pipeline class."""
+    network: str | None
+    """Name of the network's class for a full model; None: the files hold an adapter."""
+    scheduler: str
+    """Name of the diffusers scheduler class."""
+    sampling: Mapping[str, Any]  # Any: arguments of the pipeline's call
+    """num_inference_steps and guidance_scale."""
+    dtype: torch.dtype
+    prompt: str
+    size_px: tuple[int, int]
+    seed: int
+    rows: Mapping[str, str]
+    """What was trained: heading -> text."""
+    tags: tuple[str, ...]
+    note: str | None
+
+
+def card_text(facts: CardFacts) -> str:
+    """Returns the card as Markdown with the hub's metadata in front."""
+    # A path of this machine means nothing to the hub, which refuses a card whose base_model is no repository.
+    base = facts.base_model if _looks_like_hub_id(facts.base_model) else None
+    data = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=list(facts.tags))
+    table = "\n".join(f"| {heading} | {text} |" for heading, text in facts.rows.items())
+    note = f"\n{facts.note}\n" if facts.note else ""
+    return f"""---
+{data.to_yaml()}
+---
+
+# {facts.title}
+{note}
+## Draw with it
+
+```python
+{inference_code(facts)}```
+
+The scheduler of this folder belongs to the weights: it samples on the noise times that were trained.
+
+## What was trained
+
+| | |
+|---|---|
+{table}
+
+The whole configuration is in `simpletuner.json`.
+"""
+
+
+def inference_code(facts: CardFacts) -> str:
+    """Returns a Python program that draws one picture with stock diffusers."""
+    classes = sorted({facts.pipeline, facts.scheduler, *([facts.network] if facts.network else [])})
+    arguments = "".join(f", {key}={value!r}" for key, value in facts.sampling.items())
+    lines = [
+        "import torch",
+        f"from diffusers import {', '.join(classes)}",
+        "",
+        f"dtype = {_DTYPES[facts.dtype]}",
+    ]
+    base = f"{facts.base_model!r}, torch_dtype=dtype"
+    if facts.network is not None:
+        lines.append(f"network = {facts.network}.from_pretrained({facts.here!r}, torch_dtype=dtype)")
+        base = f"{facts.base_model!r}, unet=network, torch_dtype=dtype"
+    loader = "from_single_file" if facts.base_model.endswith(".safetensors") else "from_pretrained"
+    lines.append(f"pipeline = {facts.pipeline}.{loader}({base})")
+    if facts.network is None:
+        lines.append(f"pipeline.load_lora_weights({facts.here!r})")
+    lines += [
+        f'pipeline.scheduler = {facts.scheduler}.from_pretrained({facts.here!r}, subfolder="scheduler")',
+        'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+        "image = pipeline(",
+        f"    {facts.prompt!r},",
+        f"    width={facts.size_px[0]}, height={facts.size_px[1]}{arguments},",
+        f"    generator=torch.Generator().manual_seed({facts.seed}),",
+        ").images[0]",
+        'image.save("image.png")',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".safetensors")

@@ -1,0 +1,147 @@
+"""The whole way of a run: scan, plan, cache, build, train, publish; each arrow is one call."""
+
+import logging
+from functools import partial
+
+from accelerate import Accelerator
+
+from simpletuner.config.schema import Config
+from simpletuner.data.dataset import CachedDataset
+from simpletuner.data.identity import Ranks
+from simpletuner.data.precompute import Cache, precompute, prepare
+from simpletuner.data.summary import summarise
+from simpletuner.hooks.caching import CachingProgress
+from simpletuner.hooks.progress import ProgressHook
+from simpletuner.hooks.validation import make_validation
+from simpletuner.plan import Plan, Problems, choose, make_plan
+from simpletuner.plan_view import plan_text
+from simpletuner.publishing.result import result_is_there, write_result
+from simpletuner.training import metrics, resume, run_lock, snapshot
+from simpletuner.training.build import Run, build, make_accelerator
+from simpletuner.training.lr_schedulers import learning_rate
+from simpletuner.training.state import TrainState
+from simpletuner.training.trainer import Hook, LoopSettings, Trainer
+
+_LOG = logging.getLogger(__name__)
+
+
+def train(config: Config) -> TrainState:
+    """Runs a config to its last step, or to the signal that stops it, and returns the state it ended in.
+
+    Raises:
+        UserError: Something in the config, the model, the data or the checkpoint is wrong.
+    """
+    accelerator = make_accelerator()
+    lock = run_lock.hold(config.run.output_dir) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    plan = _plan(config, accelerator)
+    loaded = resume.find(plan, accelerator)
+    if loaded is not None and loaded.step >= plan.max_steps and result_is_there(plan):
+        _LOG.info(
+            "this run is finished: step %d of %d is in %s\nto go on, raise max_train_steps; to start anew, choose "
+            "another output_dir or set resume_from_checkpoint to none",
+            *(loaded.step, plan.max_steps, loaded.path),
+        )
+        return TrainState(plan.max_steps, loaded.step)
+    cache = _cache(plan, accelerator)
+    run = build(plan, accelerator, cache, _dataset(plan, cache, accelerator))
+    state = TrainState(plan.max_steps) if loaded is None else snapshot.restore(run, loaded, plan.max_steps)
+    _trainer(plan, run, cache, state).train()
+    if accelerator.is_main_process:
+        _finish(plan, run, state)
+    accelerator.wait_for_everyone()
+    if lock is not None:
+        lock.release()
+    accelerator.end_training()
+    return state
+
+
+def fill_cache(config: Config) -> Cache:
+    """Scans the datasets of a config and fills its caches; returns them."""
+    accelerator = make_accelerator()
+    return _cache(_plan(config, accelerator), accelerator)
+
+
+def _plan(config: Config, accelerator: Accelerator) -> Plan:
+    """Scans, plans, and says the plan."""
+    problems = Problems()
+    problems.attempt(partial(choose, config))
+    manifests = problems.attempt(partial(prepare, config.datasets, _ranks(accelerator), _caching_progress(accelerator)))
+    problems.raise_any()
+    plan = make_plan(config, [summarise(manifest) for manifest in manifests or ()], accelerator.num_processes)
+    if accelerator.is_main_process:
+        print(plan_text(plan), flush=True)
+    return plan
+
+
+def _cache(plan: Plan, accelerator: Accelerator) -> Cache:
+    return precompute(
+        [summary.manifest for summary in plan.datasets],
+        plan.config.text_cache,
+        plan.encoding(accelerator.device),
+        plan.prompts,
+        _ranks(accelerator),
+        _caching_progress(accelerator),
+    )
+
+
+def _dataset(plan: Plan, cache: Cache, accelerator: Accelerator) -> CachedDataset:
+    return CachedDataset(
+        cache,
+        plan.family.uncond,
+        plan.config.run.seed,
+        plan.config.data.caption_dropout_probability,
+        _ranks(accelerator),
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _ranks(accelerator: Accelerator) -> Ranks:
+    return Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+
+
+def _caching_progress(accelerator: Accelerator) -> CachingProgress | None:
+    return CachingProgress() if accelerator.is_main_process else None
+
+
+def _trainer(plan: Plan, run: Run, cache: Cache, state: TrainState) -> Trainer:
+    """Returns the trainer with its hooks, its metrics file cut back to the step at which it begins."""
+    main, output_dir = run.accelerator.is_main_process, plan.config.run.output_dir
+    rows_path = output_dir / metrics.FILE_NAME
+    if main:
+        metrics.truncate(rows_path, state.step)
+    settings = plan.config.run
+    hooks: list[Hook] = [ProgressHook(plan.max_steps, plan.effective_batch)] if main else []
+    if plan.validation.prompts:
+        hooks.append(make_validation(plan, run, cache))
+    return Trainer(
+        run,
+        LoopSettings(
+            seed=settings.seed,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            max_grad_norm=settings.max_grad_norm,
+            checkpoint_step_interval=settings.checkpoint_step_interval,
+            logging_steps=settings.logging_steps,
+            learning_rate=partial(learning_rate, plan.optimizer_section, plan.max_steps),
+        ),
+        state,
+        hooks,
+        save_checkpoint=partial(resume.save, plan, run),
+        write_rows=partial(metrics.append, rows_path) if main else lambda _rows: None,
+    )
+
+
+def _finish(plan: Plan, run: Run, state: TrainState) -> None:
+    """Writes the result of a finished run; says where it is, or how a stopped one goes on."""
+    output_dir = plan.config.run.output_dir
+    if state.stopped_by is not None:
+        _LOG.info(
+            "stopped by %s after step %d of %d; the checkpoint is saved: the same command goes on from it",
+            *(state.stopped_by.name, state.step, plan.max_steps),
+        )
+        return
+    for line in write_result(plan, run):
+        _LOG.info(line)
+    sheet = output_dir / "validation" / "contact_sheet.png"
+    if sheet.is_file():
+        _LOG.info("pictures: %s", sheet)

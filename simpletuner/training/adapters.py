@@ -1,0 +1,78 @@
+"""LoRA adapters through peft: attach, read, restore, and draw pictures in the run's own dtype."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ADAPTER = "default"
+"""The name of the adapter that a run trains; it does not occur in the files."""
+
+
+def attach_lora(module: nn.Module, settings: Mapping[str, Any], seed: int) -> None:  # Any: LoraConfig's arguments
+    """Attaches a trainable float32 adapter to a frozen network.
+
+    Args:
+        module: A diffusers network.
+        settings: Arguments of ``peft.LoraConfig``.
+        seed: Of the initial ``lora_A``; the same on every rank.
+    """
+    from peft import LoraConfig
+
+    module.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module.add_adapter(LoraConfig(**settings), adapter_name=ADAPTER)
+    # bf16 has 8 significant bits: at lr 1e-6 most updates of a bf16 adapter would be rounded away.
+    for parameter in trainable_parameters(module).values():
+        parameter.data = parameter.data.float()
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that learn, by name, in the module's order."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def adapter_state(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the adapter's tensors under peft's names (``...to_q.lora_A.weight``), detached and not copied."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def adapter_metadata(module: nn.Module) -> dict[str, Any]:  # Any: LoraConfig's values, JSON
+    """Returns the adapter's LoraConfig as diffusers stores it in a LoRA file, so that alpha survives a reload."""
+    from diffusers.loaders.lora_base import _pack_dict_with_prefix  # noqa: F401  (documents where it is read back)
+
+    return module.peft_config[ADAPTER].to_dict()
+
+
+@torch.no_grad()
+def restore_trainable(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies tensors into the trainable parameters of the same names; both sides must have the same names."""
+    parameters = trainable_parameters(module)
+    if parameters.keys() != tensors.keys():
+        odd = sorted(parameters.keys() ^ tensors.keys())
+        raise ValueError(f"the checkpoint does not fit the network: {len(odd)} names differ, first {odd[0]}")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+@contextmanager
+def inference_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Rounds the trainable weights to the network's dtype within the context, as loading the saved file will.
+
+    So a validation picture is the picture that a stock pipeline draws from the file, bit for bit.
+    """
+    kept = {name: parameter.data for name, parameter in trainable_parameters(module).items()}
+    parameters = trainable_parameters(module)
+    try:
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = kept[name]

@@ -1,0 +1,143 @@
+"""Builds everything that a run trains with, in the one order that is right.
+
+Load roles -> freeze -> adapters (float32) -> gradient checkpointing -> optimizer -> prepare (the student, nothing else).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from simpletuner.data.precompute import Cache
+from simpletuner.data.dataset import CachedDataset
+from simpletuner.denoiser import Denoiser, checkpoint_with_adapters
+from simpletuner.distillers._base import Distiller, Setup
+from simpletuner.families._base import ModelFamily, ModelSource
+from simpletuner.plan import Plan
+from simpletuner.schedules import NoiseSchedule
+from simpletuner.training.adapters import ADAPTER, attach_lora, trainable_parameters
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One role that trains, with what steps it."""
+
+    module: nn.Module
+    """The network as the accelerator wrapped it: gradients are averaged over the ranks through it."""
+    parameters: list[nn.Parameter]
+    optimizer: Optimizer
+    scaler: GradScaler
+
+
+@dataclass(frozen=True)
+class Run:
+    """The networks, denoisers and optimizers of a run; what changes while it trains is in TrainState."""
+
+    accelerator: Accelerator
+    family: ModelFamily
+    source: ModelSource
+    module: nn.Module
+    """The student's network, not wrapped."""
+    has_adapter: bool
+    schedule: NoiseSchedule
+    distiller: Distiller
+    learners: Mapping[str, Learner]
+    dataset: CachedDataset
+    vae_dtype: torch.dtype
+    host_group: torch.distributed.ProcessGroup | None
+    """A gloo group of all ranks for questions between hosts; None for a single process."""
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Returns the element-wise sum of a tensor over all ranks."""
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def load_vae(self) -> nn.Module:
+        """Returns the VAE, freshly loaded onto the run's device."""
+        device, parts = self.accelerator.device, frozenset({"vae"})
+        vae = self.family.load_encoders(self.source, device, self.vae_dtype, parts).vae
+        assert vae is not None
+        return vae
+
+
+def make_accelerator() -> Accelerator:
+    """Returns the process's accelerator: device, ranks and data parallelism.
+
+    Precision is not its business here: autocast is opened around the network's forward by the Denoiser alone, since
+    accelerate would wrap the forward of the one module that teacher and student share.
+    """
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(mixed_precision="no", kwargs_handlers=[parallel])
+
+
+def build(plan: Plan, accelerator: Accelerator, cache: Cache, dataset: CachedDataset) -> Run:
+    """Returns the run of a plan, its networks on the accelerator's device, before any step.
+
+    Args:
+        plan: What to build.
+        accelerator: Of ``make_accelerator``.
+        cache: Holds the text features, the empty prompt's included.
+        dataset: The micro-batches of this rank.
+    """
+    device = accelerator.device
+    module = plan.family.load(plan.source, dtype=plan.weight_dtype).to(device)
+    if plan.lora is not None:
+        attach_lora(module, plan.lora.settings, plan.config.run.seed)
+    module.train()
+    if plan.config.model.gradient_checkpointing:
+        module.enable_gradient_checkpointing(checkpoint_with_adapters(module))
+    schedule = plan.family.schedule(plan.source)
+    learner = _learner(plan, accelerator, module)
+    empty = {key: value.to(device) for key, value in cache.prompt("").items()}
+    denoisers = _denoisers(plan, module, learner.module, schedule)
+    setup = Setup(plan.method_config, denoisers, schedule, lambda cond: plan.family.uncond(cond, empty))
+    host_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    return Run(
+        accelerator=accelerator,
+        family=plan.family,
+        source=plan.source,
+        module=module,
+        has_adapter=plan.lora is not None,
+        schedule=schedule,
+        distiller=plan.distiller(setup),
+        learners={"student": learner},
+        dataset=dataset,
+        vae_dtype=plan.weight_dtype,
+        host_group=host_group,
+    )
+
+
+def _learner(plan: Plan, accelerator: Accelerator, module: nn.Module) -> Learner:
+    """Returns the student's optimizer and schedule, and the module wrapped for data parallelism."""
+    parameters = list(trainable_parameters(module).values())
+    optimizer = plan.optimizer(parameters, plan.optimizer_section)
+    scaler = GradScaler(accelerator.device.type, enabled=plan.compute_dtype is torch.float16)
+    return Learner(
+        module=accelerator.prepare_model(module),
+        parameters=parameters,
+        optimizer=optimizer,
+        scaler=scaler,
+    )
+
+
+def _denoisers(plan: Plan, module: nn.Module, wrapped: nn.Module, schedule: NoiseSchedule) -> dict[str, Denoiser]:
+    """Returns the roles of a method as denoisers over one copy of the weights.
+
+    Passes without gradient use the module itself: data parallelism has nothing to do there.
+    """
+    adapter = ADAPTER if plan.lora is not None else None
+    facts = plan.family.facts(plan.source)  # anew: a model of the hub has been downloaded since the plan was made
+    prediction_type = plan.config.model.prediction_type or facts.prediction_type or plan.family.prediction_type
+
+    def denoiser(network: nn.Module, name: str | None) -> Denoiser:
+        return Denoiser(plan.family, network, name, prediction_type, schedule, plan.compute_dtype)
+
+    return {
+        "student": denoiser(wrapped, adapter),
+        "target": denoiser(module, adapter),
+        "teacher": denoiser(module, None),
+    }

@@ -1,0 +1,81 @@
+"""Where a run goes on: finds, checks and writes its checkpoints."""
+
+import logging
+from typing import Any
+
+from accelerate import Accelerator
+
+from simpletuner.config.schema import resume_rules
+from simpletuner.plan import Plan
+from simpletuner.training import checkpoint, snapshot
+from simpletuner.training.build import Run
+from simpletuner.training.checkpoint import Loaded
+from simpletuner.training.resume_rules import compare
+from simpletuner.training.state import TrainState
+
+_LOG = logging.getLogger(__name__)
+
+
+def save(plan: Plan, run: Run, state: TrainState) -> None:
+    """Writes a checkpoint; every rank calls it, the main one writes."""
+    if run.accelerator.is_main_process:
+        tensors, values = snapshot.take(run, state)
+        config = plan.config
+        document = {**values, "config": config.flat(), "datasets": _datasets(plan), **checkpoint.provenance()}
+        keep = config.run.checkpoints_total_limit or None
+        checkpoint.save(config.run.output_dir, state.step, tensors, document, keep)
+    run.accelerator.wait_for_everyone()
+
+
+def find(plan: Plan, accelerator: Accelerator) -> Loaded | None:
+    """Returns the checkpoint to go on from, or None to begin; says what has changed since.
+
+    Raises:
+        UserError: There is no such checkpoint, it is damaged, or the config differs where it must not.
+    """
+    run = plan.config.run
+    if accelerator.is_main_process:
+        checkpoint.clean(run.output_dir)
+        if run.resume_from_checkpoint is None:
+            _set_aside(plan)
+    accelerator.wait_for_everyone()
+    path = checkpoint.find(run.output_dir, run.resume_from_checkpoint or "latest")
+    if path is None:
+        return None
+    loaded = checkpoint.load(path)
+    notices = [*compare(loaded.state["config"], plan.config.flat(), resume_rules()), *_changed_data(plan, loaded)]
+    _LOG.info("going on from %s", path)
+    for notice in notices:
+        _LOG.info("  - %s", notice)
+    return loaded
+
+
+def _datasets(plan: Plan) -> dict[str, Any]:  # Any: JSON
+    """Returns what a resumed run compares its data with."""
+    return {summary.config.id: {"images": summary.num_images} for summary in plan.datasets}
+
+
+def _changed_data(plan: Plan, loaded: Loaded) -> list[str]:
+    """Returns a notice for each dataset that is not what it was: its epoch goes on in another order then."""
+    before, now = loaded.state["datasets"], _datasets(plan)
+    return [
+        f"dataset '{name}': {before.get(name, {}).get('images', 'no')} images until the checkpoint, "
+        f"{now.get(name, {}).get('images', 'no')} from here on: the order of the epoch changes"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _set_aside(plan: Plan) -> None:
+    """Moves what an earlier run left in output_dir into ``previous-<n>``, so that nothing of two runs is mixed."""
+    root = plan.config.run.output_dir
+    left = [*root.glob("checkpoint-*"), *(root / name for name in ("validation", "metrics.jsonl"))]
+    left = [path for path in left if path.exists()]
+    if not left:
+        return
+    number = 1 + max((int(p.name.removeprefix("previous-")) for p in root.glob("previous-*")), default=0)
+    target = root / f"previous-{number}"
+    target.mkdir()
+    for path in left:
+        path.rename(target / path.name)
+    _LOG.info("resume_from_checkpoint is none: the earlier run's files are in %s", target)
