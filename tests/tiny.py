@@ -159,3 +159,6 @@ def _open_clip(encoder: torch.nn.Module) -> dict[str, Tensor]:
             name, value = "text_projection", value.T
         renamed[_renamed(name, _OPEN_CLIP_RULES)] = value
     return renamed
+
+RECIPES = {"sdxl": tiny_sdxl}
+"""Family -> what writes a tiny model of it into a folder; the conformance tests want one for each family."""

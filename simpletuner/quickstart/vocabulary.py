@@ -1,5 +1,6 @@
 """The words of the quickstart's captions, and a CLIP tokenizer in which each of them is one token."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,12 +35,7 @@ def make_tokenizer(pad_token: str = _END) -> "CLIPTokenizer":
     from transformers import CLIPTokenizer
 
     letters = _byte_letters()
-    merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            merges[parts[0], parts[1]] = None
-            parts[:2] = ["".join(parts[:2])]
+    merges = _merges(WORDS)
     tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), _START, _END])
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
@@ -47,6 +43,25 @@ def make_tokenizer(pad_token: str = _END) -> "CLIPTokenizer":
         pad_token=pad_token,
         model_max_length=77,
     )
+
+
+def _merges(words: Iterable[str]) -> dict[tuple[str, str], None]:
+    """Returns pairs in order of rank, by which byte pair encoding makes each word one token.
+
+    A word first gets what the merges so far make of it, since these go before its own; its own cannot disturb earlier
+    words, whose merges all have lower ranks.
+    """
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        for pair in merges:
+            for index in range(len(parts) - 2, -1, -1):
+                if (parts[index], parts[index + 1]) == pair:
+                    parts[index : index + 2] = ["".join(pair)]
+        while len(parts) > 1:
+            merges[parts[0], parts[1]] = None
+            parts[:2] = ["".join(parts[:2])]
+    return merges
 
 
 def _byte_letters() -> list[str]:
