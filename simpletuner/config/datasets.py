@@ -1,5 +1,6 @@
 """Reads the entries of the data backend file into datasets and the text cache."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,17 @@ _INHERITED = (
 _ENTRY_KEYS = frozenset({"disabled", "default", "cache_dir", "text_embeds", "image_embeds", "aspect_bucket_alignment"})
 _DATASET_KEYS = frozenset(DatasetConfig.model_fields) - {"options", "alignment"} | _ENTRY_KEYS
 _TEXT_KEYS = frozenset({"id", "type", "dataset_type", "disabled", "default", "cache_dir", "write_batch_size"})
+_TEXT_VALUES = (
+    "id",
+    "type",
+    "dataset_type",
+    "instance_data_dir",
+    "cache_dir",
+    "cache_dir_vae",
+    "text_embeds",
+    "image_embeds",
+    "resolution_type",
+)
 _DATASET_TYPES = ("image", "text_embeds", "image_embeds")
 _LARGEST_AREA_MEGAPIXELS = 16.0
 """A size up to here is read as megapixels, one above as pixels: nobody trains on 16 px or on 17 megapixels."""
@@ -88,16 +100,19 @@ def read_datasets(
 def _tidied(entry: dict[str, Json], index: int, context: Context, findings: Findings) -> dict[str, Json] | None:
     """Returns an enabled entry of a known type with its placeholders filled, or None."""
     values = tidy(entry)
-    off = values.pop("disabled", False)
-    if str(off).strip().lower() in ("true", "1", "yes"):
-        return None
     where = f"{context.label}: entry {index + 1}"
+    if _switch(values, "disabled", where, findings):
+        return None
+    for key in _TEXT_VALUES:
+        if isinstance(values.get(key), (bool, list, dict)):
+            findings.problems.append(f"{where}: {key}: {json.dumps(values.pop(key))} is not text")
     if "id" not in values:
         findings.problems.append(f"{where}: id: required. A name for the dataset")
         values["id"] = f"entry {index + 1}"
     where = f"{context.label}: dataset '{values['id']}'"
     names = {"model_family": context.model_family, "output_dir": str(context.run.output_dir), "id": str(values["id"])}
     names |= {f"env:{name}": value for name, value in context.environ.items()}
+    values["default"] = _switch(values, "default", where, findings)
     values = {key: fill(value, names.get, f"{where}: {key}", findings) for key, value in values.items()}
     kind = str(values.get("dataset_type", "image"))
     if kind not in _DATASET_TYPES:
@@ -112,12 +127,21 @@ def _tidied(entry: dict[str, Json], index: int, context: Context, findings: Find
     return values
 
 
+def _switch(values: dict[str, Json], key: str, where: str, findings: Findings) -> bool:
+    """Takes a switch out of an entry and returns whether it is on."""
+    value = values.pop(key, False)
+    word = str(value).strip().lower()
+    if word not in ("true", "false", "1", "0", "yes", "no"):
+        findings.problems.append(f"{where}: {key}: {json.dumps(value)} is not true or false")
+    return word in ("true", "1", "yes")
+
+
 def _text_cache(entries: list[dict[str, Json]], context: Context, findings: Findings) -> TextCacheConfig:
     """Returns the text cache: the default entry, the only entry, or one that is made."""
     fallback = context.cache_dir / "text" / context.model_family
     if not entries:
         return TextCacheConfig(cache_dir=fallback, write_batch_size=context.data.write_batch_size)
-    defaults = [entry for entry in entries if str(entry.get("default", False)).lower() in ("true", "1")]
+    defaults = [entry for entry in entries if entry["default"]]
     listed = ", ".join(f"'{entry['id']}'" for entry in defaults or entries)
     if len(defaults) > 1:
         findings.problems.append(f"{context.label}: several default text caches: {listed}; keep one `default: true`")
@@ -245,7 +269,7 @@ def _latent_folder(
         entry
         for entry in by_type["image_embeds"]
         if ("image_embeds" in own and entry["id"] == own["image_embeds"])
-        or ("image_embeds" not in own and str(entry.get("default", False)).lower() == "true")
+        or ("image_embeds" not in own and entry["default"])
     ]
     if named and "cache_dir" in named[0]:
         return context.places.written(str(named[0]["cache_dir"])) / str(own["id"])

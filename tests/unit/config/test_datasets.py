@@ -158,6 +158,9 @@ def test_caches_must_differ(run: Run) -> None:
         ({"probability": 0}, "probability: it is 0 for every dataset"),
         ({"text_embeds": "x"}, "text_embeds: no text_embeds entry has the id 'x'"),
         ({"id": None}, "entry 1: id: required"),
+        ({"disabled": "maybe"}, 'entry 1: disabled: "maybe" is not true or false'),
+        ({"default": 3}, "dataset 'images': default: 3 is not true or false"),
+        ({"cache_dir_vae": ["x"]}, 'entry 1: cache_dir_vae: ["x"] is not text'),
     ],
 )
 def test_mistakes_in_an_entry(run: Run, entry: dict[str, Any], line: str) -> None:
