@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from hypothesis import example, given, settings
@@ -35,24 +36,29 @@ DATASET_KEYS = st.sampled_from(
 )
 
 
-def answer(config: object, backend: object) -> Config | None:
+def answer(
+    config: object, backend: object, overrides: Mapping[str, str] | None = None
+) -> tuple[Config | None, tuple[str, ...]]:
+    """Returns the config, or None and the lines that tell the mistakes; exactly one of them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "images").mkdir()
         (folder / "config.json").write_text(json.dumps(config), encoding="utf8")
         (folder / "multidatabackend.json").write_text(json.dumps(backend), encoding="utf8")
+        loaded, lines = None, ()
         try:
-            return load(folder, {}, {}, folder)
+            loaded = load(folder, overrides, {}, folder)
         except UserError as error:
-            assert error.lines
-            assert all(line.isprintable() for line in error.lines), error.lines
-            return None
+            lines = error.lines
+    assert (loaded is None) == bool(lines)
+    assert all(line.isprintable() for line in lines), lines
+    return loaded, lines
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(KEYS, VALUES, max_size=3))
 def test_any_config(values: dict[str, object]) -> None:
-    config = answer({**MINIMAL, **values}, [IMAGES])
+    config, _ = answer({**MINIMAL, **values}, [IMAGES])
     if config is not None:
         json.dumps(config.flat(), allow_nan=False)
 
@@ -61,7 +67,7 @@ def test_any_config(values: dict[str, object]) -> None:
 @given(st.lists(st.dictionaries(DATASET_KEYS, VALUES, max_size=4).map(lambda entry: {**IMAGES, **entry}), max_size=2))
 @example([{**IMAGES, "dataset_type": "text_embeds", "cache_dir": 3}, IMAGES])
 def test_any_backend_file(entries: list[object]) -> None:
-    config = answer(MINIMAL, entries)
+    config, _ = answer(MINIMAL, entries)
     assert config is None or config.datasets
 
 
@@ -75,12 +81,5 @@ def test_any_shape(config: object, backend: object) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(KEYS, st.text(max_size=8) | WORDS, max_size=3))
 def test_any_override(overrides: dict[str, str]) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "images").mkdir()
-        (folder / "config.json").write_text(json.dumps(MINIMAL), encoding="utf8")
-        (folder / "multidatabackend.json").write_text(json.dumps([IMAGES]), encoding="utf8")
-        try:
-            assert load(folder, overrides, {}, folder).datasets
-        except UserError as error:
-            assert error.lines
+    config, _ = answer(MINIMAL, [IMAGES], overrides)
+    assert config is None or config.datasets

@@ -11,5 +11,5 @@ def test_lines_are_kept_and_joined() -> None:
 def test_a_shared_config_cannot_steer_the_terminal(run: Run) -> None:
     (line,) = run.problems({"seed\x1b[2J\n": 1})
     assert line.startswith("seed\\x1b[2J: unknown key - did you mean 'seed'?")
-    config = run.load({"distillation_method": "lcm", "distillation_config": {"lcm": {"a": 1}, "x\x1b\n": {}}})
-    assert config.notices == ("distillation_config.x\\x1b\\n: without effect: distillation_method is lcm",)
+    config = run.load({"distillation_method": "lcm", "distillation_config": {"lcm": {"a": 1}, "x\x1by": {}}})
+    assert config.notices == ("distillation_config.x\\x1by: without effect: distillation_method is lcm",)
