@@ -3,8 +3,10 @@
 Load roles -> freeze -> adapters (float32) -> gradient checkpointing -> optimizer -> prepare (the student, nothing else).
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from simpletuner.data.precompute import Cache
+from simpletuner.config.errors import UserError
 from simpletuner.data.dataset import CachedDataset
+from simpletuner.data.precompute import Cache
 from simpletuner.denoiser import Denoiser, checkpoint_with_adapters
 from simpletuner.distillers._base import Distiller, Setup
-from simpletuner.families._base import ModelFamily, ModelSource
+from simpletuner.families._base import ModelFamily, ModelSource, Part
 from simpletuner.plan import Plan
 from simpletuner.schedules import NoiseSchedule
 from simpletuner.training.adapters import ADAPTER, attach_lora, trainable_parameters
@@ -54,12 +57,14 @@ class Run:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Returns the element-wise sum of a tensor over all ranks."""
-        return self.accelerator.reduce(values, reduction="sum")
+        if self.host_group is not None:
+            torch.distributed.all_reduce(values)
+        return values
 
     def load_vae(self) -> nn.Module:
         """Returns the VAE, freshly loaded onto the run's device."""
-        device, parts = self.accelerator.device, frozenset({"vae"})
-        vae = self.family.load_encoders(self.source, device, self.vae_dtype, parts).vae
+        device = self.accelerator.device
+        vae = self.family.load_encoders(self.source, device, self.vae_dtype, frozenset[Part]({"vae"})).vae
         assert vae is not None
         return vae
 
@@ -69,9 +74,21 @@ def make_accelerator() -> Accelerator:
 
     Precision is not its business here: autocast is opened around the network's forward by the Denoiser alone, since
     accelerate would wrap the forward of the one module that teacher and student share.
+
+    Raises:
+        UserError: Several processes were started, and the device cannot be shared by several.
     """
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision="no", kwargs_handlers=[parallel])
+    # Unless it is told that there is nothing but a CPU, accelerate 1.15 makes each of several ranks the only one.
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[parallel])
+    num_asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != num_asked:
+        raise UserError(
+            f"{num_asked} processes cannot share a run on a device of this kind ({accelerator.device.type}):"
+            " start one, or set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 def build(plan: Plan, accelerator: Accelerator, cache: Cache, dataset: CachedDataset) -> Run:
@@ -89,13 +106,13 @@ def build(plan: Plan, accelerator: Accelerator, cache: Cache, dataset: CachedDat
         attach_lora(module, plan.lora.settings, plan.config.run.seed)
     module.train()
     if plan.config.model.gradient_checkpointing:
-        module.enable_gradient_checkpointing(checkpoint_with_adapters(module))
+        network: Any = module  # Any: diffusers' own base class, which would import diffusers here
+        network.enable_gradient_checkpointing(checkpoint_with_adapters(module))
     schedule = plan.family.schedule(plan.source)
     learner = _learner(plan, accelerator, module)
     empty = {key: value.to(device) for key, value in cache.prompt("").items()}
     denoisers = _denoisers(plan, module, learner.module, schedule)
     setup = Setup(plan.method_config, denoisers, schedule, lambda cond: plan.family.uncond(cond, empty))
-    host_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     return Run(
         accelerator=accelerator,
         family=plan.family,
@@ -107,8 +124,16 @@ def build(plan: Plan, accelerator: Accelerator, cache: Cache, dataset: CachedDat
         learners={"student": learner},
         dataset=dataset,
         vae_dtype=plan.weight_dtype,
-        host_group=host_group,
+        host_group=_host_group(accelerator),
     )
+
+
+def _host_group(accelerator: Accelerator) -> torch.distributed.ProcessGroup | None:
+    if accelerator.num_processes == 1:
+        return None
+    group = torch.distributed.new_group(backend="gloo")
+    assert isinstance(group, torch.distributed.ProcessGroup)
+    return group
 
 
 def _learner(plan: Plan, accelerator: Accelerator, module: nn.Module) -> Learner:

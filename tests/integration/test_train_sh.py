@@ -174,11 +174,11 @@ def test_one_process_is_the_script_itself(folder: Path):
         assert said.split() == [str(script.pid), "False"], errors
 
 
-def test_two_ranks_find_each_other_through_accelerate(folder: Path):
+def test_two_ranks_find_each_other(folder: Path):
     (folder / "simpletuner" / "__main__.py").write_text(
         "import torch\n"
-        "from accelerate import Accelerator\n"
-        "accelerator = Accelerator(cpu=True)\n"
+        "from simpletuner.training.build import make_accelerator\n"
+        "accelerator = make_accelerator()\n"
         "total = accelerator.reduce(torch.tensor([accelerator.process_index + 1.0]))\n"
         "print(f'{accelerator.num_processes} processes, total {total.item()}\\n', end='', flush=True)\n"
         "accelerator.end_training()\n"
