@@ -52,8 +52,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Say what a run would do, before any weight is loaded; write nothing."""
-    from simpletuner.planning import look_ahead
     from simpletuner.plan_view import plan_json, plan_text
+    from simpletuner.planning import look_ahead
 
     made = look_ahead(_read(context, config))
     print(json.dumps(plan_json(made), indent=1) if as_json else plan_text(made))
@@ -74,7 +74,9 @@ def _read(context: typer.Context, path: Path | None) -> Config:
         from simpletuner.quickstart import prepare
 
         found = prepare()
-        logging.getLogger(__name__).info("no config/config.json: this is the quickstart; copy %s to make it yours", found.parent)
+        logging.getLogger(__name__).info(
+            "no config/config.json: this is the quickstart; copy %s to make it yours", found.parent
+        )
     return load(found, _overrides(context.args))
 
 

@@ -153,7 +153,8 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     batches = sum(summary.batches_per_epoch(world) for summary in datasets)
     max_steps = problems.attempt(lambda: _max_steps(config, batches, notices))
     problems.raise_any()
-    assert validation is not None and max_steps is not None
+    assert validation is not None
+    assert max_steps is not None
     lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
     if config.optimizer.lr_warmup_steps >= max_steps:
         notices.append(
@@ -222,21 +223,24 @@ def choose(config: Config) -> Chosen:
     if optimizer is not None:
         problems.attempt(lambda: optimizer.keywords(config.optimizer))
     problems.raise_any()
-    assert family and facts and distiller and optimizer
+    assert family
+    assert facts
+    assert distiller
+    assert optimizer
     return Chosen(family, source, facts, method, distiller, optimizer)
 
 
 def _inert_notices(config: Config) -> list[str]:
     """Returns a line for each option that the user set and that does nothing yet."""
-    return [
-        f"{key}: has no effect: {reason}" for key, reason in inert_options().items() if _is_set_away(config, key)
-    ]
+    return [f"{key}: has no effect: {reason}" for key, reason in inert_options().items() if _is_set_away(config, key)]
 
 
 def _is_set_away(config: Config, key: str) -> bool:
     """Returns whether the user gave an option a value other than its default."""
     section = section_of()[key]
-    return key in config.explicit and getattr(getattr(config, section), key) != SECTIONS[section].model_fields[key].default
+    return (
+        key in config.explicit and getattr(getattr(config, section), key) != SECTIONS[section].model_fields[key].default
+    )
 
 
 def _dtypes(
@@ -255,7 +259,9 @@ def _dtypes(
     if dtype is torch.bfloat16 and optimizer.trains_bf16:
         return dtype, compute
     if compute is not None:
-        notices.append(f"mixed_precision: the weights stay float32, as '{name}' needs; the network computes in {precision}")
+        notices.append(
+            f"mixed_precision: the weights stay float32, as '{name}' needs; the network computes in {precision}"
+        )
     return torch.float32, compute
 
 
@@ -287,7 +293,7 @@ def _prompt_library(path: Any) -> list[str]:
     except ValueError as error:
         raise UserError(f"user_prompt_library: '{path}' is no JSON: {error}") from error
     if not isinstance(library, dict) or not all(isinstance(prompt, str) for prompt in library.values()):
-        raise UserError(f"user_prompt_library: '{path}' is not of the form {{\"name\": \"prompt\", ...}}")
+        raise UserError(f'user_prompt_library: \'{path}\' is not of the form {{"name": "prompt", ...}}')
     return list(library.values())
 
 
@@ -304,13 +310,13 @@ def _method_config(
     notices.extend(method_notices)
     scheduler = chosen.facts.scheduler_config
     schedule: NoiseSchedule | None = from_scheduler_config(scheduler) if scheduler is not None else None
-    draws = validation is not None and validation.prompts
+    drawn = validation if validation is not None and validation.prompts else None
     facts = RunFacts(
         model_type=config.model.model_type,
         prediction_type=config.model.prediction_type or chosen.facts.prediction_type,
         schedule=schedule,
-        validation_num_inference_steps=validation.num_inference_steps if draws else None,
-        validation_guidance=validation.guidance_scale if draws else None,
+        validation_num_inference_steps=drawn.num_inference_steps if drawn else None,
+        validation_guidance=drawn.guidance_scale if drawn else None,
     )
     notices.extend(problems.attempt(lambda: chosen.distiller.check(method_config, facts)) or [])
     return method_config

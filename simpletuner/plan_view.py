@@ -156,9 +156,8 @@ def _validation_lines(plan: Plan) -> Iterator[str]:
     guidance = "its own" if validation.guidance_scale is None else f"{validation.guidance_scale:g}"
     if validation.guidance_scale is not None and validation.guidance_scale <= 1:
         guidance = "off"
-    yield (
-        f"validation  {len(validation.prompts)} prompts at {sizes}, {every}at the end: {steps} steps, guidance {guidance}"
-    )
+    yield f"validation  {len(validation.prompts)} prompts at {sizes}, {every}at the end:"
+    yield f"            {steps} steps, guidance {guidance}"
 
 
 def _count(number: int) -> str:

@@ -3,6 +3,8 @@
 import logging
 from functools import partial
 
+import torch
+import transformers
 from accelerate import Accelerator
 
 from simpletuner.config.schema import Config
@@ -15,7 +17,7 @@ from simpletuner.hooks.progress import ProgressHook
 from simpletuner.hooks.validation import make_validation
 from simpletuner.plan import Plan, Problems, choose, make_plan
 from simpletuner.plan_view import plan_text
-from simpletuner.publishing.result import result_is_there, write_result
+from simpletuner.publishing.result import result_step, write_result
 from simpletuner.training import metrics, resume, run_lock, snapshot
 from simpletuner.training.build import Run, build, make_accelerator
 from simpletuner.training.lr_schedulers import learning_rate
@@ -32,11 +34,13 @@ def train(config: Config) -> TrainState:
         UserError: Something in the config, the model, the data or the checkpoint is wrong.
     """
     accelerator = make_accelerator()
+    _quieten_libraries()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
     lock = run_lock.hold(config.run.output_dir) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     plan = _plan(config, accelerator)
     loaded = resume.find(plan, accelerator)
-    if loaded is not None and loaded.step >= plan.max_steps and result_is_there(plan):
+    if loaded is not None and loaded.step >= plan.max_steps and result_step(plan) == loaded.step:
         _LOG.info(
             "this run is finished: step %d of %d is in %s\nto go on, raise max_train_steps; to start anew, choose "
             "another output_dir or set resume_from_checkpoint to none",
@@ -60,6 +64,12 @@ def fill_cache(config: Config) -> Cache:
     """Scans the datasets of a config and fills its caches; returns them."""
     accelerator = make_accelerator()
     return _cache(_plan(config, accelerator), accelerator)
+
+
+def _quieten_libraries() -> None:
+    """Silences progress bars of milliseconds, and a warning about torchvision, which nothing here needs."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def _plan(config: Config, accelerator: Accelerator) -> Plan:
@@ -120,6 +130,7 @@ def _trainer(plan: Plan, run: Run, cache: Cache, state: TrainState) -> Trainer:
             seed=settings.seed,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             max_grad_norm=settings.max_grad_norm,
+            clips_values=settings.grad_clip_method == "value",
             checkpoint_step_interval=settings.checkpoint_step_interval,
             logging_steps=settings.logging_steps,
             learning_rate=partial(learning_rate, plan.optimizer_section, plan.max_steps),
@@ -140,7 +151,7 @@ def _finish(plan: Plan, run: Run, state: TrainState) -> None:
             *(state.stopped_by.name, state.step, plan.max_steps),
         )
         return
-    for line in write_result(plan, run):
+    for line in write_result(plan, run, state):
         _LOG.info(line)
     sheet = output_dir / "validation" / "contact_sheet.png"
     if sheet.is_file():

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from simpletuner.data.cache import digest
 from simpletuner.data.precompute import Cache
 from simpletuner.hooks.contact_sheet import write_contact_sheet
@@ -71,6 +73,8 @@ def make_validation(plan: Plan, run: Run, cache: Cache) -> "Validation":
         base=base_settings(plan),
         folder=plan.config.run.output_dir / "validation",
         step_interval=validation.step_interval,
+        draws_base=not plan.config.run.disable_benchmark,
+        draws_at_start=plan.config.validation.validation_on_startup,
     )
 
 
@@ -87,6 +91,8 @@ class Validation:
         base: SamplingSettings,
         folder: Path,
         step_interval: int,
+        draws_base: bool,
+        draws_at_start: bool,
     ) -> None:
         self._run = run
         self._cache = cache
@@ -95,10 +101,12 @@ class Validation:
         self._student = student
         self._step_interval = step_interval
         self._folder = folder
+        self._draws_at_start = draws_at_start
+        few = f"base, {student.num_inference_steps} steps"
         self._base_columns = [
             Column("base", f"base, {base.num_inference_steps} steps", base, use_adapter=False),
-            Column("base-few-steps", f"base, {student.num_inference_steps} steps", student, use_adapter=False),
-        ]
+            Column("base-few-steps", few, student, use_adapter=False),
+        ][: 2 if draws_base else 0]
 
     def on_start(self, state: TrainState) -> None:
         """Draws the base model once, while it is still at hand; a full model changes with the first step."""
@@ -111,6 +119,8 @@ class Validation:
                 self._draw(column)
         if state.step:
             self.on_step(state, None)
+        elif self._draws_at_start:
+            self._draw(self._column(0))
 
     def on_step(self, state: TrainState, row: Row | None) -> None:
         """Draws the student where the interval or the end of the run asks for it."""
@@ -121,7 +131,9 @@ class Validation:
         """Has nothing left to do: the last step was drawn when it was made."""
 
     def _column(self, step: int) -> Column:
-        return Column(f"step-{step:06d}", f"step {step}, {self._student.num_inference_steps} steps", self._student, True)
+        return Column(
+            f"step-{step:06d}", f"step {step}, {self._student.num_inference_steps} steps", self._student, True
+        )
 
     def _draw(self, column: Column) -> None:
         """Draws this rank's share of a column's missing pictures, then the sheet."""
@@ -140,7 +152,7 @@ class Validation:
         if missing and run.accelerator.is_main_process:
             self._write_sheet()
 
-    def _draw_one(self, column: Column, request: Request, vae: object, path: Path) -> None:
+    def _draw_one(self, column: Column, request: Request, vae: nn.Module, path: Path) -> None:
         picture = draw_picture(
             self._run.family,
             self._run.module,

@@ -69,7 +69,7 @@ The whole configuration is in `simpletuner.json`.
 
 def inference_code(facts: CardFacts) -> str:
     """Returns a Python program that draws one picture with stock diffusers."""
-    classes = sorted({facts.pipeline, facts.scheduler, *([facts.network] if facts.network else [])})
+    classes = sorted(name for name in {facts.pipeline, facts.scheduler, facts.network} if name is not None)
     arguments = "".join(f", {key}={value!r}" for key, value in facts.sampling.items())
     lines = [
         "import torch",

@@ -12,18 +12,20 @@ from simpletuner.publishing.model_card import CardFacts, card_text
 from simpletuner.training.adapters import adapter_metadata, adapter_state
 from simpletuner.training.build import Run
 from simpletuner.training.checkpoint import provenance
-from simpletuner.training.sampling import student_settings
+from simpletuner.training.sampling import SamplingSettings, student_settings
+from simpletuner.training.state import TrainState
 
 CARD, CONFIG = "README.md", "simpletuner.json"
 
 
-def result_is_there(plan: Plan) -> bool:
-    """Returns whether a run's result has been written: the card is the last of its files."""
-    return (plan.config.run.output_dir / CARD).is_file()
+def result_step(plan: Plan) -> int | None:
+    """Returns the step whose weights are in output_dir, or None when no run has finished there."""
+    path = plan.config.run.output_dir / CONFIG
+    return json.loads(path.read_text(encoding="utf8")).get("step") if path.is_file() else None
 
 
-def write_result(plan: Plan, run: Run) -> Iterator[str]:
-    """Writes the result; yields a line for a person on each part."""
+def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:
+    """Writes the result, ``simpletuner.json`` last; yields a line for a person on each part."""
     folder = plan.config.run.output_dir
     settings = student_settings(plan, run)
     if run.has_adapter:
@@ -34,21 +36,22 @@ def write_result(plan: Plan, run: Run) -> Iterator[str]:
     else:
         write_model(folder, run.module, settings.scheduler)
         yield f"model: {folder}"
-    document = {"config": plan.config.model_dump(mode="json"), **provenance()}
-    _write(folder / CONFIG, json.dumps(document, indent=1) + "\n")
-    _write(folder / CARD, card_text(_card_facts(plan, run)))
+    _write(folder / CARD, card_text(_card_facts(plan, run, settings)))
     yield f"how to draw with it: {folder / CARD}"
+    document = {"step": state.step, "config": plan.config.model_dump(mode="json"), **provenance()}
+    _write(folder / CONFIG, json.dumps(document, indent=1) + "\n")
 
 
-def _card_facts(plan: Plan, run: Run) -> CardFacts:
-    config, settings = plan.config, student_settings(plan, run)
+def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
+    config = plan.config
+    on_hub = config.publish.hub_model_id if config.publish.push_to_hub else None
     prompt = plan.validation.prompts[0] if plan.validation.prompts else "a photograph of a cat"
     method = "fine-tuned" if plan.method == "sft" else f"distilled by {plan.method}"
     name = plan.source.path.rstrip("/").rpartition("/")[2]
     return CardFacts(
         title=f"{name}, {method}",
         base_model=plan.source.path,
-        here=config.publish.hub_model_id if config.publish.push_to_hub and config.publish.hub_model_id else str(config.run.output_dir),
+        here=on_hub or str(config.run.output_dir),
         pipeline=run.family.pipeline_class,
         network=None if run.has_adapter else type(run.module).__name__,
         scheduler=type(settings.scheduler).__name__,

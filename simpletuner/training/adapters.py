@@ -1,6 +1,6 @@
 """LoRA adapters through peft: attach, read, restore, and draw pictures in the run's own dtype."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,11 @@ def attach_lora(module: nn.Module, settings: Mapping[str, Any], seed: int) -> No
     """
     from peft import LoraConfig
 
-    module.requires_grad_(False)
+    network: Any = module  # Any: diffusers' own base class, which would import diffusers here
+    network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module.add_adapter(LoraConfig(**settings), adapter_name=ADAPTER)
+        network.add_adapter(LoraConfig(**settings), adapter_name=ADAPTER)
     # bf16 has 8 significant bits: at lr 1e-6 most updates of a bf16 adapter would be rounded away.
     for parameter in trainable_parameters(module).values():
         parameter.data = parameter.data.float()
@@ -45,9 +46,8 @@ def adapter_state(module: nn.Module) -> dict[str, Tensor]:
 
 def adapter_metadata(module: nn.Module) -> dict[str, Any]:  # Any: LoraConfig's values, JSON
     """Returns the adapter's LoraConfig as diffusers stores it in a LoRA file, so that alpha survives a reload."""
-    from diffusers.loaders.lora_base import _pack_dict_with_prefix  # noqa: F401  (documents where it is read back)
-
-    return module.peft_config[ADAPTER].to_dict()
+    network: Any = module  # Any: diffusers' own base class, which would import diffusers here
+    return network.peft_config[ADAPTER].to_dict()
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def restore_trainable(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def inference_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def inference_dtype(module: nn.Module, dtype: torch.dtype) -> Generator[None]:
     """Rounds the trainable weights to the network's dtype within the context, as loading the saved file will.
 
     So a validation picture is the picture that a stock pipeline draws from the file, bit for bit.

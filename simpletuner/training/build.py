@@ -1,6 +1,6 @@
 """Builds everything that a run trains with, in the one order that is right.
 
-Load roles -> freeze -> adapters (float32) -> gradient checkpointing -> optimizer -> prepare (the student, nothing else).
+Load -> freeze -> adapters (float32) -> gradient checkpointing -> optimizer -> prepare (the student, nothing else).
 """
 
 import os

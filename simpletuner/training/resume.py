@@ -43,6 +43,9 @@ def find(plan: Plan, accelerator: Accelerator) -> Loaded | None:
     if path is None:
         return None
     loaded = checkpoint.load(path)
+    if accelerator.is_main_process:
+        checkpoint.set_aside(run.output_dir, loaded.step)
+    accelerator.wait_for_everyone()
     notices = [*compare(loaded.state["config"], plan.config.flat(), resume_rules()), *_changed_data(plan, loaded)]
     _LOG.info("going on from %s", path)
     for notice in notices:

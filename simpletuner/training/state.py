@@ -1,11 +1,13 @@
 """What a run changes while it trains, and the request to stop it."""
 
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
 
 import torch
+
+from simpletuner.data.sampler import Position
 
 
 @dataclass
@@ -18,8 +20,8 @@ class TrainState:
     """Optimizer steps made so far."""
     samples: int = 0
     """Samples trained on so far by all ranks, filler left out."""
-    position: dict[str, Any] = field(default_factory=dict[str, Any])  # Any: JSON, written and read by the dataset only
-    """Where the data goes on; empty at the start."""
+    position: Position | None = None
+    """Where the data goes on; None at the start."""
     stopped_by: signal.Signals | None = None
     """The signal that ended this process before the last step."""
 
@@ -30,7 +32,7 @@ class TrainState:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop honours at a step boundary; the second one kills."""
+    """Turns the first Ctrl-C or SIGTERM into a request, honoured at a step boundary; the second one kills."""
 
     def __init__(self) -> None:
         self._received = 0

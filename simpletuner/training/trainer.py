@@ -3,17 +3,18 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from simpletuner.batch import Batch
 from simpletuner.config.errors import UserError
-from simpletuner.distillers._base import Distiller, Draw
+from simpletuner.data.sampler import Position
+from simpletuner.distillers._base import Draw
 from simpletuner.randomness import Randomness
 from simpletuner.training.build import Run
 from simpletuner.training.metrics import MetricsBuffer, Row
@@ -43,7 +44,9 @@ class LoopSettings:
     seed: int
     gradient_accumulation_steps: int
     max_grad_norm: float
-    """Norm to which gradients are clipped; 0 clips nothing."""
+    """Limit of the gradient's norm, or of each of its values; 0: no limit."""
+    clips_values: bool
+    """Whether the limit is on each value."""
     checkpoint_step_interval: int
     logging_steps: int
     """Optimizer steps between two reads of the metrics from the device."""
@@ -96,7 +99,7 @@ class Trainer:
             hook.on_end(state)
         return state
 
-    def _optimizer_step(self, batches: Iterator[tuple[Batch, dict[str, Any]]]) -> None:
+    def _optimizer_step(self, batches: Iterator[tuple[Batch, Position]]) -> None:
         """Makes one optimizer step of every role whose turn it is, from one window of micro-batches."""
         state, run = self.state, self.run
         window = [self._next(batches) for _ in range(self.settings.gradient_accumulation_steps)]
@@ -110,7 +113,7 @@ class Trainer:
         run.distiller.after_step(state.step)
         self._metrics.add(state.step, metrics)
 
-    def _next(self, batches: Iterator[tuple[Batch, dict[str, Any]]]) -> tuple[Batch, Draw]:
+    def _next(self, batches: Iterator[tuple[Batch, Position]]) -> tuple[Batch, Draw]:
         """Returns the next micro-batch and its draws, on the device, and moves the position behind it."""
         batch, self.state.position = next(batches)
         draw = self.run.distiller.draw(batch, self._randomness)
@@ -151,9 +154,13 @@ class Trainer:
         return {prefix + name: value for name, value in metrics.items()}
 
     def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Returns the norm of all gradients, 0-d, after scaling them down to ``max_grad_norm`` where it is larger."""
+        """Returns the norm of all gradients before they are clipped, 0-d on the device."""
         limit = self.settings.max_grad_norm or math.inf
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if not self.settings.clips_values:
+            return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+        return norm
 
     def _flush(self) -> Row | None:
         """Returns the newest row of metrics, after all that waited on the device were read and written.
