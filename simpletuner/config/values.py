@@ -91,31 +91,32 @@ def build(section: type[S], values: dict[str, Json], prefix: str, findings: Find
 def describe(section: type[Section], error: ErrorDetails) -> str:
     """Returns one line for a pydantic error: the key, the value, what is allowed."""
     key = str(error["loc"][0])
-    path = ".".join(map(str, error["loc"][:1]))
     context: dict[str, Any] = error.get("ctx", {})  # Any: pydantic's own type
     shown = json.dumps(error["input"], default=str)
     field = section.model_fields.get(key)
     description = (field.description or "") if field else ""
+    if len(error["loc"]) > 2:  # a union within an object: one error for each kind of value that it could have been
+        return f"{key}.{error['loc'][1]}: {shown} is not text, a number, a switch or a list of numbers. {description}"
     match error["type"]:
         case "missing":
-            return f"{path}: required. {description}"
+            return f"{key}: required. {description}"
         case "literal_error":
             allowed = [str(word) for word in _choices(field.annotation if field else None)]
-            return f"{path}: unknown value {shown}{suggestion(str(error['input']), allowed)} ({', '.join(allowed)})"
+            return f"{key}: unknown value {shown}{suggestion(str(error['input']), allowed)} ({', '.join(allowed)})"
         case "greater_than_equal":
-            return f"{path}: {shown} is too small; at least {context['ge']}. {description}"
+            return f"{key}: {shown} is too small; at least {context['ge']}. {description}"
         case "greater_than":
-            return f"{path}: {shown} is too small; it must be above {context['gt']}. {description}"
+            return f"{key}: {shown} is too small; it must be above {context['gt']}. {description}"
         case "less_than_equal":
-            return f"{path}: {shown} is too large; at most {context['le']}. {description}"
+            return f"{key}: {shown} is too large; at most {context['le']}. {description}"
         case "less_than":
-            return f"{path}: {shown} is too large; it must be below {context['lt']}. {description}"
+            return f"{key}: {shown} is too large; it must be below {context['lt']}. {description}"
         case "multiple_of":
-            return f"{path}: {shown} is not a multiple of {context['multiple_of']}. {description}"
+            return f"{key}: {shown} is not a multiple of {context['multiple_of']}. {description}"
         case "value_error":
-            return f"{path}: {context['error']}"
+            return f"{key}: {context['error']}"
         case _:
-            return f"{path}: {shown} is {_wrong_kind(error['type'])}. {description}"
+            return f"{key}: {shown} is {_wrong_kind(error['type'])}. {description}"
 
 
 def _wrong_kind(kind: str) -> str:

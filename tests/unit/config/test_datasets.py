@@ -39,6 +39,17 @@ def test_a_dataset_inherits_what_it_does_not_say(run: Run) -> None:
     assert dataset.caption_strategy == "textfile"
 
 
+def test_defaults(run: Run) -> None:
+    (dataset,) = run.load().datasets
+    assert (dataset.resolution, dataset.resolution_type) == (1024, "pixel_area")
+    assert (dataset.aspect_bucket_rounding, dataset.alignment) == (2, 64)
+    assert (dataset.crop, dataset.crop_style, dataset.crop_aspect) == (False, "center", "square")
+    assert (dataset.caption_strategy, dataset.missing_caption) == ("textfile", "skip")
+    assert (dataset.probability, dataset.repeats, dataset.max_num_samples) == (1.0, 0, None)
+    assert (dataset.train_batch_size, dataset.vae_batch_size, dataset.write_batch_size) == (1, 4, 128)
+    assert dataset.minimum_image_size is dataset.maximum_image_size is dataset.target_downsample_size is None
+
+
 def test_inherited_sizes_change_their_unit(run: Run) -> None:
     config = {"resolution": 1000, "resolution_type": "pixel", "minimum_image_size": 500}
     (dataset,) = run.load(config, [images(resolution_type="area")]).datasets

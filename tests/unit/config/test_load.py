@@ -113,6 +113,19 @@ def test_mistakes_are_told_all_at_once(run: Run) -> None:
     assert f"there is no folder 'nowhere' (looked at: {run.working_dir}/nowhere, {run.folder}/nowhere)" in text
 
 
+def test_a_wrong_value_within_an_object_is_one_line(run: Run) -> None:
+    (line,) = run.problems({"optimizer_config": {"eps": {}, "fused": True}})
+    assert line.startswith("optimizer_config.eps: {} is not text, a number, a switch or a list of numbers")
+    (line,) = run.problems({"optimizer_config": "fast"})
+    assert line.startswith('optimizer_config: "fast" is not an object')
+
+
+@pytest.mark.parametrize("size", ["63", "1024x32", "0", "1024x", "a", "1024x768x3", ","])
+def test_sizes_that_are_none(run: Run, size: str) -> None:
+    (line,) = run.problems({"validation_resolution": size})
+    assert "is not a size such as 1024x768 (pixels, at least 64 each)" in line
+
+
 def test_malformed_json_has_line_and_column(run: Run) -> None:
     (line,) = run.problems('{\n  "seed": 1,\n}\n')
     assert line.startswith(f"{run.folder}/config.json:3:1: not valid JSON: a comma before the closing bracket") or (
