@@ -13,6 +13,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -26,6 +27,9 @@ from simpletuner.config.errors import UserError
 _METADATA = "simpletuner"  # the one metadata entry: safetensors writes several in a random order
 _STALE_SECONDS = 60.0
 _TEMPORARY = ".tmp-"
+_USERS_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+)
 
 
 def digest(*parts: str | bytes) -> str:
@@ -43,7 +47,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: The disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
@@ -58,11 +62,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in _USERS_ERRORS:
             raise UserError(f"cannot write the cache file '{path}': {error.strerror}") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it was renamed, or never made
+            temporary.unlink()
 
 
 def remove_stale(folder: Path) -> None:

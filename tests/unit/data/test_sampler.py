@@ -1,0 +1,136 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, share
+
+PUBLISHED = [(100, 6, 100), (1000, 5, 7, 33)]
+
+
+def draws(sampler: Sampler, count: int, position: Position | None = None) -> tuple[list[Draw], Position]:
+    position = sampler.start(position)
+    found: list[Draw] = []
+    for _ in range(count):
+        draw, position = sampler.next(position)
+        found.append(draw)
+    return found, position
+
+
+def order(sizes: tuple[int, ...], batch: int, epochs: int = 1, repeats: int = 0, seed: int = 42) -> list[list[str]]:
+    """Returns the ids (bucket/member) of each batch."""
+    dataset = SampledDataset("d", sizes, batch, repeats)
+    found, _ = draws(Sampler([dataset], seed), dataset.num_batches * epochs)
+    return [[f"{draw.bucket}/{member}" for member in draw.members] for draw in found]
+
+
+@pytest.mark.parametrize("sizes", PUBLISHED)
+@pytest.mark.parametrize("repeats", [0, 2])
+def test_an_epoch_shows_each_image_exactly_so_often(sizes: tuple[int, ...], repeats: int):
+    batches = order(sizes, 4, repeats=repeats)
+    shown = Counter(name for batch in batches for name in batch)
+    assert shown == {f"{b}/{m}": 1 + repeats for b, size in enumerate(sizes) for m in range(size)}
+    assert len(batches) == sum(-(-size * (1 + repeats) // 4) for size in sizes)
+    assert all(len({name.split("/")[0] for name in batch}) == 1 for batch in batches)
+    assert len([batch for batch in batches if len(batch) < 4]) <= len(sizes)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(sum), st.integers(1, 9), st.integers(0, 3))
+def test_an_epoch_is_exact_for_any_buckets(sizes: list[int], batch: int, repeats: int):
+    shown = Counter(name for names in order(tuple(sizes), batch, repeats=repeats) for name in names)
+    assert shown == {f"{b}/{m}": 1 + repeats for b, size in enumerate(sizes) for m in range(size)}
+
+
+@pytest.mark.parametrize("sizes", PUBLISHED)
+def test_two_ranks_of_two_show_what_one_rank_of_four_shows(sizes: tuple[int, ...]):
+    one = order(sizes, 4)
+    shares = [[[batch[i] for i in share(len(batch), rank, 2)] for batch in order(sizes, 2 * 2)] for rank in (0, 1)]
+    print(f"{sizes}: {len(one)} batches, the first:", *one[:3], "the last:", one[-1])
+    assert [first + second for first, second in zip(*shares, strict=True)] == one
+    assert all(0 <= len(first) - len(second) <= 1 for first, second in zip(*shares, strict=True))
+
+
+def test_epochs_and_seeds_differ_and_buckets_are_mixed():
+    first, second = order((100, 6, 100), 4, epochs=2)[:52], order((100, 6, 100), 4, epochs=2)[52:]
+    assert first != second
+    assert order((100, 6, 100), 4, seed=43) != first
+    buckets = [batch[0][0] for batch in first]
+    changes = sum(a != b for a, b in zip(buckets, buckets[1:], strict=False))
+    assert changes > 15  # in the order of the buckets there were 2
+
+
+def test_the_order_never_changes():
+    # A resumed run must go on in the order it was in, whatever the versions of its libraries.
+    assert order((5, 3), 2) == [["1/0"], ["1/2", "1/1"], ["0/3", "0/0"], ["0/2"], ["0/1", "0/4"]]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 25, 51, 52, 53, 130])
+def test_resumes_anywhere_from_json(cut: int):
+    datasets = [SampledDataset("a", (100, 6, 100), 4), SampledDataset("b", (9,), 2, probability=0.3)]
+    straight, _ = draws(Sampler(datasets, 7), 160)
+    _, position = draws(Sampler(datasets, 7), cut)
+    resumed, _ = draws(Sampler(datasets, 7), 160 - cut, json.loads(json.dumps(position)))
+    for a, b in zip(straight[cut:], resumed, strict=True):
+        assert (a.dataset, a.bucket, a.first_sample, a.members.tolist()) == (
+            b.dataset,
+            b.bucket,
+            b.first_sample,
+            b.members.tolist(),
+        )
+
+
+def test_a_position_is_small_and_its_cost_does_not_grow():
+    sampler = Sampler([SampledDataset("a", (1_000_000,), 4)], 0)
+    far: Position = {"samples": 999_996, "datasets": {"a": {"epoch": 3, "batch": 249_999, "turns": 999_999}}}
+    draw, after = sampler.next(far)
+    assert len(draw.members) == 4
+    assert len(json.dumps(after)) < 120
+    assert sampler.next(after)[1]["datasets"]["a"] == {"epoch": 4, "batch": 1, "turns": 1_000_001}
+
+
+def test_samples_are_counted_over_short_batches():
+    found, position = draws(Sampler([SampledDataset("a", (3,), 2)], 0), 4)
+    assert [draw.first_sample for draw in found] == list(np.cumsum([0] + [len(d.members) for d in found[:-1]]))
+    assert position["samples"] == 6
+
+
+def test_datasets_take_turns_by_probability_and_keep_their_own_epochs():
+    datasets = [SampledDataset("a", (8,), 4, probability=3.0), SampledDataset("b", (100,), 4, probability=1.0)]
+    found, position = draws(Sampler(datasets, 0), 80)
+    for start in range(0, 80, 4):  # never further from 3 : 1 than one batch
+        assert [draw.dataset for draw in found[start : start + 4]].count(0) == 3
+    assert position["datasets"] == {
+        "a": {"epoch": 29, "batch": 2, "turns": 60},
+        "b": {"epoch": 0, "batch": 20, "turns": 20},
+    }
+    assert sorted(np.concatenate([d.members for d in found if d.dataset == 0][2:4])) == list(range(8))
+
+
+def test_a_dataset_of_probability_zero_is_never_drawn():
+    datasets = [SampledDataset("a", (8,), 4, probability=0.0), SampledDataset("b", (8,), 4)]
+    assert {draw.dataset for draw in draws(Sampler(datasets, 0), 10)[0]} == {1}
+
+
+def test_a_dataset_that_joins_does_not_crowd_out_the_others():
+    old = SampledDataset("old", (50,), 1)
+    _, position = draws(Sampler([old], 0), 100)
+    found, _ = draws(Sampler([old, SampledDataset("new", (50,), 1)], 0), 20, position)
+    assert [draw.dataset for draw in found].count(1) == 10
+
+
+def test_a_shrunken_dataset_goes_on_with_its_next_epoch():
+    _, position = draws(Sampler([SampledDataset("a", (40,), 4)], 0), 9)
+    found, after = draws(Sampler([SampledDataset("a", (8,), 4)], 0), 1, position)
+    assert after["datasets"]["a"] == {"epoch": 1, "batch": 1, "turns": 10}
+    assert set(found[0].members) <= set(range(8))
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_shares_are_even_and_lose_nothing(count: int, world: int):
+    shares = [share(count, rank, world) for rank in range(world)]
+    assert [i for part in shares for i in part] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert sorted(map(len, shares), reverse=True) == [len(part) for part in shares]
