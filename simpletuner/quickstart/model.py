@@ -98,7 +98,7 @@ def _make_vae() -> "AutoencoderKL":
 def _make_text_encoders(tokenizer: "CLIPTokenizer") -> "tuple[CLIPTextModel, CLIPTextModelWithProjection]":
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    def config(width: int, activation: str) -> Any:  # Any: transformers' configs are untyped
+    def _config(width: int, activation: str) -> Any:  # Any: transformers' configs are untyped
         return CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -112,5 +112,5 @@ def _make_text_encoders(tokenizer: "CLIPTokenizer") -> "tuple[CLIPTextModel, CLI
             pad_token_id=tokenizer.pad_token_id,
         )
 
-    first, second = (config(width, act) for width, act in zip(_TEXT_WIDTHS, ("quick_gelu", "gelu"), strict=True))
+    first, second = (_config(width, act) for width, act in zip(_TEXT_WIDTHS, ("quick_gelu", "gelu"), strict=True))
     return CLIPTextModel(first).eval(), CLIPTextModelWithProjection(second).eval()

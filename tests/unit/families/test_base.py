@@ -169,6 +169,32 @@ def test_lora_counts():
     assert lora_num_parameters(modules, 2) == 2 * (10 + 6) + 2 * (8 + 4 * 9) + 2 * (5 + 5)
 
 
+def test_published_lcm_lora_has_its_published_size():
+    """196.8M parameters on 788 layers (arXiv 2311.05556, table 1), counted from the shapes of the published UNet."""
+    from diffusers import UNet2DConditionModel
+
+    from simpletuner.distillers.lcm import LCM
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            cross_attention_dim=2048,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 2_567_463_684
+    modules = lora_modules(shapes, LCM.defaults("lora").lora_targets or ())
+    assert len(modules) == 788
+    assert lora_num_parameters(modules, 64) == 196_751_360
+
+
 def test_lora_metadata_is_what_any_peft_understands():
     from peft import LoraConfig
 

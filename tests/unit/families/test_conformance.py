@@ -1,5 +1,6 @@
 """What every family must do; a new file in simpletuner/families is tested the moment it exists."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,7 @@ def test_stock_pipeline_draws_with_the_features(family_and_source):
     encoders = family.load_encoders(source, CPU, torch.float32, frozenset({"vae", "text"}))
     cond = family.encode_prompt(encoders, ["a red circle"])
     pipeline = family.pipeline(family.load(source), LCMScheduler(), encoders.vae)
+    assert type(pipeline).__name__ == family.pipeline_class
     pipeline.set_progress_bar_config(disable=True)
 
     def picture(cond, **settings):
@@ -107,8 +109,6 @@ def test_stock_pipeline_draws_with_the_features(family_and_source):
 
 @pytest.mark.parametrize("part", ["vae", "text"])
 def test_fingerprint_is_of_the_content(family_and_source, tmp_path: Path, part):
-    import shutil
-
     family, source = family_and_source
     copy = shutil.copytree(source.path, tmp_path / "copy")
     before = family.fingerprint(source, part)
