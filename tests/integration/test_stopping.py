@@ -68,6 +68,7 @@ def test_a_run_told_to_stop_saves_and_goes_on(config: Path, num_processes: int):
     said, _ = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGTERM, said
     assert "Traceback" not in said
+    assert "the same command goes on from it" in said
     assert "failed" not in said
     saved = find(config.parent / "output", "latest")
     assert saved is not None, said
