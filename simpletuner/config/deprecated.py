@@ -69,7 +69,7 @@ _TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
         "aws_max_pool_connections metadata_update_interval vae_cache_scan_behaviour cache_clear_validation_prompts "
         "aspect_bucket_disable_rebuild override_dataset_config cache_file_suffix text_embed_batch_size"
     ),
-    ("notice", "batches are read ahead by dataloader_num_workers"): "dataloader_prefetch dataloader_prefetch_qlen",
+    ("notice", "a thread reads batches ahead"): "dataloader_prefetch dataloader_prefetch_qlen",
     ("notice", "small buckets train with short batches, and no image is dropped or repeated for it"): (
         "allow_dataset_oversubscription"
     ),

@@ -111,7 +111,14 @@ class RunSection(Section):
     grad_clip_method: Literal["norm", "value"] = setting(
         "norm", "may_change", "Limit the norm of the whole gradient, or each of its values."
     )
-    dataloader_num_workers: int = setting(0, "free", "Worker processes that read batches ahead.", ge=0, le=64)
+    dataloader_num_workers: int = setting(
+        0,
+        "free",
+        "Worker processes that read batches ahead.",
+        ge=0,
+        le=64,
+        inert="a thread reads batches ahead: cached features are mapped into memory, and need no decoding",
+    )
     disable_benchmark: bool = setting(False, "free", "Do not sample the base model before training, for comparison.")
     logging_steps: int = setting(10, "free", "Steps between two readings of the metrics from the device.", ge=1)
 
@@ -313,7 +320,7 @@ class DistillationSection(Section):
         None, "must_match", "Method. Default: none, which fine-tunes with the model's own objective."
     )
     distillation_config: dict[str, Json] = setting(
-        {}, "may_change", "Options of the method, flat or nested under its name; see documentation/distillation."
+        {}, "may_change", "Options of the method, flat or nested under its name; see documentation/distillers."
     )
 
 

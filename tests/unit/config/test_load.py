@@ -120,7 +120,7 @@ def test_a_wrong_value_within_an_object_is_one_line(run: Run) -> None:
     assert line.startswith('optimizer_config: "fast" is not an object')
 
 
-@pytest.mark.parametrize("size", ["63", "1024x32", "0", "1024x", "a", "1024x768x3", ","])
+@pytest.mark.parametrize("size", ["63", "63x1024", "1024x32", "0", "1024x", "a", "1024x768x3", ","])
 def test_sizes_that_are_none(run: Run, size: str) -> None:
     (line,) = run.problems({"validation_resolution": size})
     assert "is not a size such as 1024x768 (pixels, at least 64 each)" in line
