@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -351,6 +352,8 @@ def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]
     rank = lora.lora_rank
     if "lora_rank" not in config.explicit and defaults.lora_rank is not None:
         rank = defaults.lora_rank
+    if lora.init_lora is not None and not Path(lora.init_lora).is_file():
+        raise UserError(f"init_lora: '{lora.init_lora}' is no file; give the .safetensors of an adapter")
     if lora.lora_dropout > 0 and chosen.method != "sft":
         notices.append("lora_dropout: a distilled target that is itself dropped out is noisy; 0 is advised")
     settings = {

@@ -52,12 +52,11 @@ class LCMConfig(Section):
     num_ddim_timesteps: int = setting(
         50, "must_match", "Steps of the teacher's DDIM solver from noise to picture; inference picks among them.", ge=1
     )
+    # The published LCM-LoRAs (arXiv 2311.05556) used 7.5: an adapter is not told w, so a range teaches it an average.
     w_min: float = setting(
-        1.0, "may_change", "Lowest guidance the teacher uses, in the paper's form: guidance_scale - 1.", ge=0
+        7.5, "may_change", "Lowest guidance the teacher uses, in the paper's form: guidance_scale - 1.", ge=0
     )
-    w_max: float = setting(
-        12.0, "may_change", "Highest such guidance. The published LCM-LoRAs used w_min = w_max = 7.5.", ge=0
-    )
+    w_max: float = setting(7.5, "may_change", "Highest guidance the teacher uses; drawn uniformly between.", ge=0)
     loss_type: Literal["l2", "huber"] = setting("l2", "may_change", "Distance of student and target.")
     huber_c: float = setting(0.001, "may_change", "Where huber turns from square to linear.", gt=0)
     timestep_scaling_factor: float = setting(

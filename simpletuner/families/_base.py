@@ -124,7 +124,9 @@ class ModelSource:
         return self.main
 
     def config_place(self, published: str) -> Place:
-        """Returns the place of a single-file model's component configs; ``published`` when the config names none."""
+        """Returns where the configs of single-file components are: as set, else with the model, else published."""
+        if self.single_file_config is None and self.main.kind != "file":
+            return self.main
         return Place(self.single_file_config or published, "single_file_config")
 
     def check(self, components: Iterable[str]) -> None:
@@ -378,6 +380,14 @@ class ModelFamily(Protocol):
             folder: Where to; made if need be.
             state: peft's state dict of the adapted network (``get_peft_model_state_dict``).
             metadata: ``LoraConfig.to_dict()``: without it alpha is lost.
+        """
+        ...
+
+    def load_lora(self, module: nn.Module, path: Path, adapter: str) -> None:
+        """Adds the adapter of a file to the network, under a name, as a stock pipeline would.
+
+        Raises:
+            UserError: The file is no adapter of this family.
         """
         ...
 

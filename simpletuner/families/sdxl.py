@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,18 +31,21 @@ from simpletuner.families._base import (
     read_shapes,
 )
 from simpletuner.families._fingerprint import fingerprint
+from simpletuner.families._sdxl_encoders import (
+    PARTS,
+    PUBLISHED,
+    SDXLEncoders,
+    config_patterns,
+    load_text,
+    load_vae,
+    marker,
+)
 from simpletuner.schedules import NoiseSchedule, from_scheduler_config
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-PUBLISHED = "stabilityai/stable-diffusion-xl-base-1.0"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_PARTS: dict[Part, tuple[str, ...]] = {
-    "vae": ("vae",),
-    "text": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-}
 # Of the tensors in a single file.
 _PREFIXES: dict[Part, tuple[str, ...]] = {"vae": ("first_stage_model.", "vae."), "text": ("conditioner.",)}
 _UNET_MARK = "model.diffusion_model.label_emb.0.0.weight"
@@ -57,15 +61,6 @@ _PUBLISHED_SCHEDULER: Json = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
-
-
-@dataclass(frozen=True)
-class SDXLEncoders:
-    """The parts that were asked for; the others are None."""
-
-    vae: "AutoencoderKL | None" = None
-    text_encoders: "tuple[CLIPTextModel, CLIPTextModelWithProjection] | None" = None
-    tokenizers: "tuple[CLIPTokenizer, CLIPTokenizer] | None" = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ class SDXL:
 
         path = source.fetch("unet")
         if path.is_file():
-            config = str(source.config_place(PUBLISHED).fetch(_config_patterns()))
+            config = str(source.config_place(PUBLISHED).fetch(config_patterns()))
             unet = UNet2DConditionModel.from_single_file(str(path), config=config, subfolder="unet", dtype=dtype)
         else:
             unet = UNet2DConditionModel.from_pretrained(
@@ -166,10 +161,10 @@ class SDXL:
         Raises:
             UserError: The VAE is asked for in float16, where the published one overflows.
         """
-        vae = _load_vae(source, device, dtype) if "vae" in parts else None
+        vae = load_vae(source, device, dtype) if "vae" in parts else None
         if "text" not in parts:
             return SDXLEncoders(vae=vae)
-        encoders, tokenizers = _load_text(source, dtype)
+        encoders, tokenizers = load_text(source, dtype)
         for encoder in encoders:
             nn.Module.to(encoder, device).requires_grad_(False).eval()
         return SDXLEncoders(vae=vae, text_encoders=encoders, tokenizers=tokenizers)
@@ -280,16 +275,32 @@ class SDXL:
             )
         return folder / LORA_FILE
 
+    def load_lora(self, module: nn.Module, path: Path, adapter: str) -> None:
+        """Adds the adapter of a file (diffusers' or kohya's names) to the UNet, under a name."""
+        from diffusers import StableDiffusionXLPipeline
+
+        unet: Any = module  # Any: diffusers' mixins carry no types
+        try:
+            read: Any = StableDiffusionXLPipeline.lora_state_dict(
+                str(path), unet_config=unet.config, use_safetensors=True, return_lora_metadata=True
+            )
+            state, alphas, metadata = read
+            StableDiffusionXLPipeline.load_lora_into_unet(
+                state, network_alphas=alphas, unet=unet, adapter_name=adapter, metadata=metadata
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"init_lora: '{path}' is no adapter for this model: {error}") from error
+
     def fingerprint(self, source: ModelSource, part: Part) -> str:
         """Returns a digest of the files that the part's features depend on; a hub id is downloaded first."""
-        components = _PARTS[part]
+        components = PARTS[part]
         place = source.place(components[0])
         prefixes = _PREFIXES[part] if place.kind == "file" and place == source.main else ("",)
         if place.kind == "file":
-            configs = source.config_place(PUBLISHED).fetch(_config_patterns())
+            configs = source.config_place(PUBLISHED).fetch(config_patterns())
             folders, weights = [configs / name for name in components], source.weights(components[0])
         else:
-            folders = [source.fetch(name, _marker(name)) for name in components]
+            folders = [source.fetch(name, marker(name)) for name in components]
             weights = [path for name in components for path in source.weights(name)]
         texts = (path for folder in folders for end in ("*.json", "*.txt") for path in folder.glob(end))
         return fingerprint(weights, (path for path in texts if ".index." not in path.name), prefixes)
@@ -322,16 +333,10 @@ def _check_kind(source: ModelSource, config: Json) -> None:
     if place.kind == "file" and _UNET_MARK not in (source.shapes("unet") or {}):
         raise UserError(f"{place.key}: '{place.path}' is no SDXL checkpoint: it has no {_UNET_MARK}")
     for part in ("vae", "text"):
-        if source.main.kind == "file" and source.place(_PARTS[part][0]) == source.main:
-            names = source.shapes(_PARTS[part][0]) or {}
+        if source.main.kind == "file" and source.place(PARTS[part][0]) == source.main:
+            names = source.shapes(PARTS[part][0]) or {}
             if not any(name.startswith(_PREFIXES[part]) for name in names):
-                raise UserError(
-                    f"{source.main.key}: '{source.path}' holds no {_PARTS[part][0]}; use a diffusers folder"
-                )
-
-
-def _marker(component: str) -> str:
-    return "tokenizer_config.json" if component.startswith("tokenizer") else "config.json"
+                raise UserError(f"{source.main.key}: '{source.path}' holds no {PARTS[part][0]}; use a diffusers folder")
 
 
 def _encoders_here(source: ModelSource) -> bool:
@@ -339,54 +344,6 @@ def _encoders_here(source: ModelSource) -> bool:
     if source.main.kind == "file":
         return source.config_place(PUBLISHED).local("model_index.json") is not None
     return all(source.shapes(name) is not None for name in ("vae", "text_encoder", "text_encoder_2"))
-
-
-def _config_patterns() -> list[str]:
-    components = ("unet", *_PARTS["vae"], *_PARTS["text"], "scheduler")
-    return ["model_index.json", *(f"{name}/*.{end}" for name in components for end in ("json", "txt"))]
-
-
-def _load_vae(source: ModelSource, device: torch.device, dtype: torch.dtype) -> "AutoencoderKL":
-    from diffusers import AutoencoderKL
-
-    place, path = source.place("vae"), source.fetch("vae")
-    if path.is_file():
-        config = str(source.config_place(PUBLISHED).fetch(_config_patterns()))
-        vae = AutoencoderKL.from_single_file(str(path), config=config, subfolder="vae", dtype=dtype)
-    else:
-        vae = AutoencoderKL.from_pretrained(path, use_safetensors=True, variant=place.variant, torch_dtype=dtype)
-    if dtype == torch.float16 and vae.config["force_upcast"]:
-        raise UserError(
-            f"vae_dtype: the VAE of '{place.path}' overflows in fp16; use fp32 or bf16, or a VAE made for fp16 "
-            "(pretrained_vae_model_name_or_path: madebyollin/sdxl-vae-fp16-fix)"
-        )
-    if vae.config.get("shift_factor"):
-        raise UserError(f"{place.key}: '{place.path}' is no SDXL VAE: SDXL pipelines know no shift_factor")
-    nn.Module.to(vae, device)
-    return vae.requires_grad_(False).eval()
-
-
-def _load_text(
-    source: ModelSource, dtype: torch.dtype
-) -> "tuple[tuple[CLIPTextModel, CLIPTextModelWithProjection], tuple[CLIPTokenizer, CLIPTokenizer]]":
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    if source.main.kind == "file":
-        from diffusers import StableDiffusionXLPipeline
-
-        config = str(source.config_place(PUBLISHED).fetch(_config_patterns()))
-        # diffusers converts the text encoders of a single file only on the way to a pipeline.
-        parts = StableDiffusionXLPipeline.from_single_file(
-            source.path, config=config, unet=None, vae=None, dtype=dtype, add_watermarker=False
-        )
-        return (parts.text_encoder, parts.text_encoder_2), (parts.tokenizer, parts.tokenizer_2)
-    keywords: dict[str, Any] = {"use_safetensors": True, "variant": source.variant, "dtype": dtype}
-    encoders = (
-        CLIPTextModel.from_pretrained(source.fetch("text_encoder"), **keywords),
-        CLIPTextModelWithProjection.from_pretrained(source.fetch("text_encoder_2"), **keywords),
-    )
-    first, second = (source.fetch(name, _marker(name)) for name in ("tokenizer", "tokenizer_2"))
-    return encoders, (CLIPTokenizer.from_pretrained(first), CLIPTokenizer.from_pretrained(second))
 
 
 PLUGIN = SDXL

@@ -2,13 +2,19 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from simpletuner.config.errors import UserError
+from simpletuner.denoiser import adapter_layers
+from simpletuner.families._base import ModelFamily
+
 ADAPTER = "default"
 """The name of the adapter that a run trains; it does not occur in the files."""
+_OTHER = "file"
 
 
 def attach_lora(module: nn.Module, settings: Mapping[str, Any], seed: int) -> None:  # Any: LoraConfig's arguments
@@ -29,6 +35,33 @@ def attach_lora(module: nn.Module, settings: Mapping[str, Any], seed: int) -> No
     # bf16 has 8 significant bits: at lr 1e-6 most updates of a bf16 adapter would be rounded away.
     for parameter in trainable_parameters(module).values():
         parameter.data = parameter.data.float()
+
+
+@torch.no_grad()
+def start_from(module: nn.Module, family: ModelFamily, path: Path) -> None:
+    """Copies an adapter file into the attached adapter; both then change the network alike.
+
+    Raises:
+        UserError: The file's adapter has other layers or another rank than the one that is attached.
+    """
+    network: Any = module  # Any: diffusers' own base class, which would import diffusers here
+    family.load_lora(module, path, _OTHER)
+    fits = True
+    for layer in adapter_layers(module):
+        peft: Any = layer  # Any: peft's layers are known by their attributes
+        if _OTHER not in peft.lora_A or peft.lora_A[_OTHER].weight.shape != peft.lora_A[ADAPTER].weight.shape:
+            fits = False
+            break
+        peft.lora_A[ADAPTER].weight.copy_(peft.lora_A[_OTHER].weight)
+        # The file's own alpha is folded into B, so that this run's may differ.
+        peft.lora_B[ADAPTER].weight.copy_(peft.lora_B[_OTHER].weight * (peft.scaling[_OTHER] / peft.scaling[ADAPTER]))
+    network.set_adapter(ADAPTER)
+    network.delete_adapters(_OTHER)
+    if not fits:
+        raise UserError(
+            f"init_lora: the adapter in '{path}' has other layers or another rank than this run's; set lora_rank and "
+            "peft_lora_target_modules to what it was made with"
+        )
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,6 +6,7 @@ Load -> freeze -> adapters (float32) -> gradient checkpointing -> optimizer -> p
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from simpletuner.distillers._base import Distiller, Setup
 from simpletuner.families._base import ModelFamily, ModelSource, Part
 from simpletuner.plan import Plan
 from simpletuner.schedules import NoiseSchedule
-from simpletuner.training.adapters import ADAPTER, attach_lora, trainable_parameters
+from simpletuner.training.adapters import ADAPTER, attach_lora, start_from, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def build(plan: Plan, accelerator: Accelerator, cache: Cache, dataset: CachedDat
     module = plan.family.load(plan.source, dtype=plan.weight_dtype).to(device)
     if plan.lora is not None:
         attach_lora(module, plan.lora.settings, plan.config.run.seed)
+        if plan.config.lora.init_lora is not None:
+            start_from(module, plan.family, Path(plan.config.lora.init_lora))
     module.train()
     if plan.config.model.gradient_checkpointing:
         network: Any = module  # Any: diffusers' own base class, which would import diffusers here

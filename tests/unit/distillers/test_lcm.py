@@ -28,11 +28,11 @@ def column(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def test_defaults_are_the_published_quickstarts() -> None:
+def test_defaults_are_the_published_adapters() -> None:
     assert LCMConfig().model_dump() == {
         "num_ddim_timesteps": 50,
-        "w_min": 1.0,
-        "w_max": 12.0,
+        "w_min": 7.5,
+        "w_max": 7.5,
         "loss_type": "l2",
         "huber_c": 0.001,
         "timestep_scaling_factor": 10.0,
@@ -229,8 +229,9 @@ def test_options_out_of_bounds_are_refused() -> None:
 
 def test_notices() -> None:
     assert LCM.check(LCMConfig(w_min=7.0, w_max=8.0), FACTS) == []
-    (line,) = LCM.check(LCMConfig(), FACTS)
+    (line,) = LCM.check(LCMConfig(w_min=1.0, w_max=12.0), FACTS)
     assert line.startswith("w_min 1, w_max 12: an adapter is not told w")
+    assert LCM.check(LCMConfig(), FACTS) == []
     narrow = {"w_min": 7.5, "w_max": 7.5}
     for options in ({"num_ddim_timesteps": 40}, {"timestep_scaling_factor": 5.0}):
         (line,) = LCM.check(LCMConfig(**narrow, **options), FACTS)
