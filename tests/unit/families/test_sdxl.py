@@ -170,6 +170,16 @@ def test_single_file_is_the_folder(source, tiny_model, tiny_file, encoders):
     assert len(facts.notices) == 1
 
 
+def test_single_files_beside_a_folder_take_its_configs(source, tiny_model, tiny_file):
+    family = SDXL()
+    mixed = ModelSource(str(tiny_model), vae_path=str(tiny_file), unet_path=str(tiny_file))
+    ours, theirs = family.load(mixed).state_dict(), family.load(source).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    vae = family.load_encoders(mixed, CPU, torch.float32, frozenset({"vae"})).vae
+    assert vae.config["scaling_factor"] == 0.13025
+    assert family.fingerprint(mixed, "text") == family.fingerprint(source, "text")
+
+
 def test_single_file_v_prediction_is_known_by_its_mark(tiny_model, tiny_file, tmp_path):
     state = load_file(tiny_file)
     save_file({**state, "v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, tmp_path / "v.safetensors")
