@@ -19,7 +19,7 @@ from tests.parity.toy import SDXL_SCHEDULER, ToyNetwork, add_lora, toy_batch, to
 GOLDEN = Path(__file__).parents[2] / "golden" / "losses.json"
 NUM_STEPS = 5
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "lcm epsilon l2": ("lcm", "epsilon", {}),
+    "lcm epsilon l2": ("lcm", "epsilon", {"w_min": 1.0, "w_max": 12.0}),
     "lcm v huber": (
         "lcm",
         "v_prediction",
