@@ -160,5 +160,6 @@ def _open_clip(encoder: torch.nn.Module) -> dict[str, Tensor]:
         renamed[_renamed(name, _OPEN_CLIP_RULES)] = value
     return renamed
 
+
 RECIPES = {"sdxl": tiny_sdxl}
 """Family -> what writes a tiny model of it into a folder; the conformance tests want one for each family."""
