@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from simpletuner.data.geometry import Size, target_size
+from simpletuner.data.geometry import Size, target_sizes
 from simpletuner.data.manifest import Manifest, integers
 
 
@@ -31,13 +31,9 @@ class Bucket:
 def assign(manifest: Manifest) -> list[Bucket]:
     """Returns the buckets of a dataset, ordered by target; each row of the manifest is in exactly one."""
     width, height = integers(manifest.rows, "width"), integers(manifest.rows, "height")
-    sizes, which = np.unique(np.stack([width, height]), axis=1, return_inverse=True)
-    targets = [target_size(manifest.dataset, int(w), int(h)) for w, h in sizes.T]
-    by_target: dict[Size, list[int]] = {}
-    for number, target in enumerate(targets):
-        by_target.setdefault(target, []).append(number)
-    which = which.reshape(-1)  # numpy 2.0 gave it a second axis
-    return [
-        Bucket(manifest.dataset.id, target, np.flatnonzero(np.isin(which, by_target[target])))
-        for target in sorted(by_target)
-    ]
+    targets = target_sizes(manifest.dataset, width, height)
+    found, which = np.unique(targets[:, 0] << 32 | targets[:, 1], return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    entries = np.split(order, np.cumsum(np.bincount(which, minlength=len(found)))[:-1])
+    sizes = [(int(both >> 32), int(both & 0xFFFFFFFF)) for both in found]
+    return [Bucket(manifest.dataset.id, size, rows) for size, rows in zip(sizes, entries, strict=True)]

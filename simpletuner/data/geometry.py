@@ -6,14 +6,20 @@ target, and cropped to it. A portrait is treated as the mirror image of the land
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 from simpletuner.config.backends import SQUARE_EDGES_PX, DatasetConfig, ResolutionType
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 _SQUARE_TOLERANCE = 0.05  # megapixels within which an area means one of the usual squares, not its square root
 
@@ -36,32 +42,44 @@ class Geometry:
         """
         return self.original[1], self.original[0], self.top, self.left, self.target[1], self.target[0]
 
-    @property
-    def key(self) -> str:
-        """What of the geometry changes the pixels; the original size does not beyond the content itself."""
-        return f"{self.resized[0]}x{self.resized[1]}-{self.left}-{self.top}-{self.target[0]}x{self.target[1]}"
-
 
 def target_size(dataset: DatasetConfig, width: int, height: int) -> Size:
     """Returns the size that an image of this size is trained at."""
+    target = target_sizes(dataset, np.array([width]), np.array([height]))[0]
+    return int(target[0]), int(target[1])
+
+
+def geometry(dataset: DatasetConfig, image_id: str, width: int, height: int) -> Geometry:
+    """Returns what is done to an image; a random crop depends on the image's id only, so it is the same every run."""
+    target = target_size(dataset, width, height)
+    cut = cuts(dataset, [image_id], np.array([width]), np.array([height]), target)[0].tolist()
+    return Geometry((width, height), (cut[0], cut[1]), cut[2], cut[3], target)
+
+
+def target_sizes(dataset: DatasetConfig, width: Ints, height: Ints) -> Ints:
+    """Returns [n, 2] the (width, height) that n images are trained at."""
+    # Not 1 / (w / h): a portrait's aspect must not differ from its mirror image's in the last bit.
+    aspect, portrait = np.maximum(width, height) / np.minimum(width, height), height > width
     if dataset.crop and dataset.crop_aspect == "square":
-        aspect = 1.0
+        aspect, portrait = np.ones_like(aspect), np.zeros_like(portrait)
     elif dataset.crop and dataset.crop_aspect == "closest":
-        aspect = closest_aspect(width / height, dataset.crop_aspect_buckets)
-    else:
-        aspect = width / height
-    landscape = _landscape(
-        round(max(aspect, 1 / aspect), dataset.aspect_bucket_rounding),
-        dataset.resolution,
-        dataset.resolution_type,
-        dataset.alignment,
-    )
-    return landscape if aspect >= 1 else (landscape[1], landscape[0])
+        chosen = _closest(width / height, dataset.crop_aspect_buckets)
+        aspect, portrait = np.maximum(chosen, 1 / chosen), chosen < 1
+    # Few aspects remain once they are rounded: the arithmetic is done once for each.
+    rounded, which = np.unique(np.round(aspect, dataset.aspect_bucket_rounding), return_inverse=True)
+    settings = dataset.resolution, dataset.resolution_type, dataset.alignment
+    landscape = np.array([_landscape(float(a), *settings) for a in rounded], np.int64).reshape(-1, 2)[which]
+    return np.where(portrait[:, None], landscape[:, ::-1], landscape)
 
 
-def closest_aspect(aspect: float, choices: Iterable[float]) -> float:
-    """Returns the choice nearest in ratio: 0.5 and 2 are equally far from 1, so portraits mirror landscapes."""
-    return min(choices, key=lambda choice: (round(abs(math.log(choice / aspect)), 9), max(choice, 1 / choice)))
+def _closest(aspect: Floats, choices: Sequence[float]) -> Floats:
+    """Returns for each aspect the choice nearest in ratio: 0.5 and 2 are equally far from 1.
+
+    Between two that are equally far the squarer one is taken, so that portraits mirror landscapes.
+    """
+    squarest_first = np.array(sorted(choices, key=lambda choice: (max(choice, 1 / choice), choice)))
+    distance = np.abs(np.log(squarest_first[None] / aspect[:, None])).round(9)
+    return squarest_first[distance.argmin(axis=1)]
 
 
 @lru_cache(maxsize=4096)
@@ -97,61 +115,59 @@ def _multiple(value: float, alignment: int) -> int:
     return max(1, math.floor(value / alignment + 0.5)) * alignment
 
 
-def geometry(dataset: DatasetConfig, image_id: str, width: int, height: int) -> Geometry:
-    """Returns what is done to an image; a random crop depends on the image's id only, so it is the same every run."""
-    target = target_size(dataset, width, height)
-    resized = _cover(target, width, height, _downsample_scale(dataset, width, height))
-    slack = resized[0] - target[0], resized[1] - target[1]
-    left, top = 0, 0
+def cuts(dataset: DatasetConfig, image_ids: Sequence[str], width: Ints, height: Ints, target: Size) -> Ints:
+    """Returns [n, 4] resized width, height, crop left, top of n images with the same target."""
+    scale = np.maximum(target[0] / width, target[1] / height)
+    scale = np.maximum(scale, _downsample_scale(dataset, width, height))
+    resized = np.stack([np.rint(width * scale), np.rint(height * scale)], axis=1).astype(np.int64)
+    resized = np.maximum(resized, np.array(target))
+    slack: Ints = resized - np.array(target)
+    place: Ints = np.zeros_like(slack)
     if dataset.crop_style == "center":
-        left, top = slack[0] // 2, slack[1] // 2
+        place = slack // 2
     elif dataset.crop_style == "random":
-        digest = hashlib.blake2b(f"crop/{image_id}".encode(errors="surrogateescape"), digest_size=16).digest()
-        left = int.from_bytes(digest[:8], "little") % (slack[0] + 1)
-        top = int.from_bytes(digest[8:], "little") % (slack[1] + 1)
-    return Geometry((width, height), resized, left, top, target)
+        place = _random(image_ids) % (slack + 1)
+    return np.concatenate([resized, place], axis=1)
 
 
-def _cover(target: Size, width: int, height: int, least_scale: float) -> Size:
-    """Returns the size, in the image's aspect, that covers the target and is scaled by ``least_scale`` at least."""
-    scale = max(target[0] / width, target[1] / height, least_scale)
-    return max(target[0], round(width * scale)), max(target[1], round(height * scale))
+def _random(image_ids: Sequence[str]) -> Ints:
+    """Returns [n, 2] integers below 2^62 that depend on the ids only."""
+    digests = b"".join(hashlib.blake2b(f"crop/{name}".encode(), digest_size=16).digest() for name in image_ids)
+    return (np.frombuffer(digests, "<u8") >> np.uint64(2)).astype(np.int64).reshape(-1, 2)
 
 
-def _downsample_scale(dataset: DatasetConfig, width: int, height: int) -> float:
-    """Returns the scale to ``target_downsample_size`` for a crop from an image above ``maximum_image_size``, else 0.
+def _downsample_scale(dataset: DatasetConfig, width: Ints, height: Ints) -> Floats:
+    """Returns the scale to ``target_downsample_size`` for crops from images above ``maximum_image_size``, else 0.
 
     Without a crop there is nothing to gain from a size above the target's.
     """
     size, maximum = dataset.target_downsample_size, dataset.maximum_image_size
-    if not dataset.crop or size is None or maximum is None or not is_larger(dataset, width, height, maximum):
-        return 0.0
-    if dataset.resolution_type == "pixel":
-        return min(1.0, size / min(width, height))
-    return min(1.0, math.sqrt(area_px(size, dataset.resolution_type) / (width * height)))
+    if not dataset.crop or size is None or maximum is None:
+        return np.zeros(len(width))
+    ratio = _in_units(dataset, size) / _sizes(dataset, width, height)
+    scale = ratio if dataset.resolution_type == "pixel" else np.sqrt(ratio)
+    return np.where(_sizes(dataset, width, height) > _in_units(dataset, maximum), np.minimum(scale, 1.0), 0.0)
 
 
-def is_larger(dataset: DatasetConfig, width: int, height: int, size: float) -> bool:
-    """Returns whether an image is larger than a size in the dataset's unit."""
-    if dataset.resolution_type == "pixel":
-        return min(width, height) > size
-    return width * height > area_px(size, dataset.resolution_type)
+def _sizes(dataset: DatasetConfig, width: Ints, height: Ints) -> Ints:
+    """Returns what limits are compared with: the shorter edge for ``pixel``, the number of pixels otherwise."""
+    return np.minimum(width, height) if dataset.resolution_type == "pixel" else width * height
 
 
-def is_smaller(dataset: DatasetConfig, width: int, height: int, size: float) -> bool:
-    """Returns whether an image is smaller than a size in the dataset's unit."""
-    if dataset.resolution_type == "pixel":
-        return min(width, height) < size
-    return width * height < area_px(size, dataset.resolution_type)
+def _in_units(dataset: DatasetConfig, size: float) -> float:
+    """Returns a size of the config as ``_sizes`` counts."""
+    return size if dataset.resolution_type == "pixel" else area_px(size, dataset.resolution_type)
 
 
-def outside_limits(dataset: DatasetConfig, width: int, height: int) -> str | None:
-    """Returns the limit that leaves an image of this size out, or None when it is used."""
+def outside_limits(dataset: DatasetConfig, width: Ints, height: Ints) -> npt.NDArray[np.object_]:
+    """Returns [n] the limit that leaves an image out, "" for those that are used."""
+    reasons = np.full(len(width), "", dtype=object)
     aspect = width / height
-    if dataset.minimum_image_size is not None and is_smaller(dataset, width, height, dataset.minimum_image_size):
-        return f"smaller than minimum_image_size {dataset.minimum_image_size:g} ({dataset.resolution_type})"
-    if dataset.minimum_aspect_ratio is not None and aspect < dataset.minimum_aspect_ratio:
-        return f"narrower than minimum_aspect_ratio {dataset.minimum_aspect_ratio:g}"
-    if dataset.maximum_aspect_ratio is not None and aspect > dataset.maximum_aspect_ratio:
-        return f"wider than maximum_aspect_ratio {dataset.maximum_aspect_ratio:g}"
-    return None
+    if (limit := dataset.maximum_aspect_ratio) is not None:
+        reasons[aspect > limit] = f"wider than maximum_aspect_ratio {limit:g}"
+    if (limit := dataset.minimum_aspect_ratio) is not None:
+        reasons[aspect < limit] = f"narrower than minimum_aspect_ratio {limit:g}"
+    if (limit := dataset.minimum_image_size) is not None:
+        small = _sizes(dataset, width, height) < _in_units(dataset, limit)
+        reasons[small] = f"smaller than minimum_image_size {limit:g} ({dataset.resolution_type})"
+    return reasons

@@ -1,7 +1,7 @@
 """What identifies cached features: the content of files, what is done to them, and who encodes them."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,7 +17,7 @@ from simpletuner.backends._base import Backend, open_backend
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
 from simpletuner.data.buckets import Bucket, assign
 from simpletuner.data.cache import Store, digest, write_atomically
-from simpletuner.data.geometry import Geometry, geometry
+from simpletuner.data.geometry import Size, cuts
 from simpletuner.data.manifest import Manifest, Progress, integers, manifest_path, strings, write_manifest
 from simpletuner.data.transforms import TRANSFORM_VERSION
 from simpletuner.families._base import ModelFamily, ModelSource
@@ -65,9 +65,15 @@ def text_key(caption: str) -> str:
     return digest(caption)
 
 
-def latent_key(content: str, cut: Geometry) -> str:
-    """Returns the key of an image's latents: what is in the file, and what is done to it."""
-    return digest(content, cut.key)
+def latent_key(content: str, cut: Sequence[int], target: Size) -> str:
+    """Returns the key of an image's latents: what is in the file, and what is done to it.
+
+    Args:
+        content: Digest of the file.
+        cut: Resized width, height, crop left, top.
+        target: Size that is cut.
+    """
+    return digest(content, f"{cut[0]}x{cut[1]}-{cut[2]}-{cut[3]}-{target[0]}x{target[1]}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,22 +91,18 @@ def keyed_buckets(manifest: Manifest) -> list[KeyedBucket]:
     """Returns the buckets of a manifest with the keys of their latents."""
     dataset, rows = manifest.dataset, manifest.rows
     paths, digests = manifest.ids, strings(rows, "digest")
-    widths, heights = integers(rows, "width").tolist(), integers(rows, "height").tolist()
-    cuts: dict[tuple[int, int], Geometry] = {}  # the same for all images of a size, unless crops are random
-
-    def cut_of(row: int) -> Geometry:
-        if dataset.crop_style == "random":
-            return geometry(dataset, paths[row], widths[row], heights[row])
-        size = widths[row], heights[row]
-        if size not in cuts:
-            cuts[size] = geometry(dataset, "", *size)
-        return cuts[size]
-
+    widths, heights = integers(rows, "width"), integers(rows, "height")
     found: list[KeyedBucket] = []
     for bucket in assign(manifest):
-        members = [(digests[row], cut_of(row)) for row in bucket.entries.tolist()]
-        keys = tuple(latent_key(content, cut) if content else "" for content, cut in members)
-        found.append(KeyedBucket(bucket, keys, np.asarray([cut.numbers for _, cut in members], np.float32)))
+        ids, width, height = [paths[row] for row in bucket.entries], widths[bucket.entries], heights[bucket.entries]
+        cut = cuts(dataset, ids, width, height, bucket.target)
+        keys = tuple(
+            latent_key(digests[row], own, bucket.target) if digests[row] else ""
+            for row, own in zip(bucket.entries.tolist(), cut.tolist(), strict=True)
+        )
+        target = np.tile(bucket.target[::-1], (len(ids), 1))
+        numbers = np.concatenate([np.stack([height, width, cut[:, 3], cut[:, 2]], axis=1), target], axis=1)
+        found.append(KeyedBucket(bucket, keys, numbers.astype(np.float32)))
     return found
 
 

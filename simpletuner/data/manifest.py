@@ -241,11 +241,7 @@ def _select(dataset: DatasetConfig, files: pa.Table, complete: bool) -> Manifest
     width, height = integers(files, "width"), integers(files, "height")
     reasons = np.asarray(strings(files, "problem"), dtype=object)
     usable = np.flatnonzero(reasons == "")
-    if len(usable):
-        pairs = np.stack([width[usable], height[usable]])
-        sizes, which = np.unique(pairs, axis=1, return_inverse=True)
-        limits = np.asarray([outside_limits(dataset, int(w), int(h)) or "" for w, h in sizes.T], dtype=object)
-        reasons[usable] = limits[which.reshape(-1)]
+    reasons[usable] = outside_limits(dataset, width[usable], height[usable])
     problems: dict[str, list[str]] = {}
     for path, reason in zip(strings(files, "path"), reasons, strict=True):
         if reason:

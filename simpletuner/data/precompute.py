@@ -24,6 +24,7 @@ from simpletuner.backends._base import Backend, open_backend
 from simpletuner.batch import Cond
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
 from simpletuner.config.errors import UserError
+from simpletuner.data.buckets import Bucket, assign
 from simpletuner.data.cache import Index, Reader, Store, digest, remove_stale
 from simpletuner.data.captions import read_captions
 from simpletuner.data.geometry import Size, geometry
@@ -150,12 +151,10 @@ def outstanding(
     found: list[Outstanding] = []
     for manifest in manifests:
         store = encoding.latent_store(manifest.dataset)
-        index = store.index()
         total = missing = total_bytes = missing_bytes = 0
-        for kept in keyed_buckets(manifest):
-            absent = sum(1 for key in kept.keys if not key or (key not in index.rows and key not in index.bad))
-            size_bytes = prod(family.latent_shape(*kept.bucket.target)) * 2 * torch.float32.itemsize  # mean and std
-            total, total_bytes = total + len(kept.keys), total_bytes + len(kept.keys) * size_bytes
+        for bucket, absent in _missing_by_bucket(manifest, store.index()):
+            size_bytes = prod(family.latent_shape(*bucket.target)) * 2 * torch.float32.itemsize  # mean and std
+            total, total_bytes = total + len(bucket), total_bytes + len(bucket) * size_bytes
             missing, missing_bytes = missing + absent, missing_bytes + absent * size_bytes
         found.append(
             Outstanding("latents", manifest.dataset.id, store.folder, total, missing, total_bytes, missing_bytes)
@@ -168,6 +167,16 @@ def outstanding(
         Outstanding("text", text_cache.id, store.folder, total, missing, total * size_bytes, missing * size_bytes)
     )
     return found
+
+
+def _missing_by_bucket(manifest: Manifest, index: Index) -> list[tuple[Bucket, int]]:
+    """Returns the buckets, and how many of the latents of each are not in the index."""
+    if not index.rows and not index.bad:  # nothing to look up: the keys of a million images take seconds to make
+        return [(bucket, len(bucket)) for bucket in assign(manifest)]
+    return [
+        (kept.bucket, sum(not key or (key not in index.rows and key not in index.bad) for key in kept.keys))
+        for kept in keyed_buckets(manifest)
+    ]
 
 
 def _texts(manifests: Iterable[Manifest], prompts: Iterable[str]) -> Iterator[str]:
