@@ -1,9 +1,9 @@
 """Runs ``simpletuner`` once per rank: train.sh calls ``python -m simpletuner.launch train ...`` for several processes.
 
 A signal sent to this process reaches every rank, once, and the ranks have all the time they need to save; the exit
-status is theirs. Neither launcher at hand does that (measured with torch 2.13 and accelerate 1.15): torchrun forwards
-the signal, but kills after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) and ends with a traceback and status 1 even when every
-rank saved and left with 0; accelerate launch adds itself in front of torchrun, and on a CPU starts one process for two.
+status is theirs. Neither launcher at hand does that (torch 2.13, accelerate 1.15; documentation/LOG.md): torchrun
+forwards the signal, but ends with a traceback and status 1 even when every rank saved and left with 0, and by default
+kills after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT); accelerate launch runs torchrun, or on a CPU one process for two.
 """
 
 import argparse
