@@ -5,15 +5,15 @@ It reads JSON files and safetensors headers only, writes nothing, and imports ne
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from simpletuner import registry
-from simpletuner.config.errors import UserError
+from simpletuner.chosen import Chosen, choose
+from simpletuner.config.errors import Problems, UserError
 from simpletuner.config.schema import SECTIONS, Config, OptimizerSection, inert_options, section_of
 from simpletuner.data.identity import Encoding
 from simpletuner.data.precompute import Outstanding, outstanding
@@ -50,9 +50,9 @@ class ValidationPlan:
     """(width, height) of each."""
     seeds: tuple[int, ...]
     step_interval: int
-    num_inference_steps: int | None
-    """None: what the method's sampler advises."""
-    guidance_scale: float | None
+    num_inference_steps: int
+    guidance_scale: float
+    """As diffusers counts it; up to 1 is off."""
     guidance_rescale: float
 
 
@@ -78,8 +78,8 @@ class Plan:
     max_steps: int
     batches_per_epoch: int
     """Micro-batches of all ranks together in which every dataset is shown once."""
-    caches: tuple[Outstanding, ...] | None
-    """What the latents of each dataset, and the text features, lack; None when the encoders are not here yet."""
+    caches: tuple[Outstanding, ...]
+    """What the latents of each dataset, and the text features, lack."""
     weight_dtype: torch.dtype
     """Of the network's weights; an adapter's are float32."""
     text_dtype: torch.dtype
@@ -109,26 +109,6 @@ class Plan:
         return self.max_steps * self.config.run.gradient_accumulation_steps / self.batches_per_epoch
 
 
-class Problems:
-    """Collects the lines of all mistakes, so that a user sees them at once."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def attempt(self, action: Callable[[], T]) -> T | None:
-        """Returns the action's result, or None when it raised a UserError, whose lines are kept."""
-        try:
-            return action()
-        except UserError as error:
-            self.lines.extend(error.lines)
-            return None
-
-    def raise_any(self) -> None:
-        """Raises one UserError with all lines, if there are any."""
-        if self.lines:
-            raise UserError(*dict.fromkeys(self.lines))
-
-
 def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1) -> Plan:
     """Returns the plan of a run.
 
@@ -149,7 +129,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     if missing:
         problems.lines.append(f"distillation_method: {chosen.method} needs a family with {', '.join(sorted(missing))}")
     defaults = distiller.defaults(config.model.model_type)
-    validation = problems.attempt(lambda: _validation(config, defaults))
+    validation = problems.attempt(lambda: _validation(config, defaults, family))
     method_config = _method_config(config, chosen, validation, notices, problems)
     batches = sum(summary.batches_per_epoch(world) for summary in datasets)
     max_steps = problems.attempt(lambda: _max_steps(config, batches, notices))
@@ -189,48 +169,6 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     )
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The plug-ins that the config names, and what the model's headers tell."""
-
-    family: ModelFamily
-    source: ModelSource
-    facts: Facts
-    method: str
-    distiller: type[Distiller]
-    optimizer: OptimizerPlugin
-
-
-def choose(config: Config) -> Chosen:
-    """Returns the plug-ins of a config; needs no data, so that the scan can wait for it.
-
-    Raises:
-        UserError: One line for each name that is unknown and each path that is no model.
-    """
-    problems, model = Problems(), config.model
-    method = config.distillation.distillation_method or "sft"
-    source = ModelSource(
-        path=model.pretrained_model_name_or_path,
-        vae_path=model.pretrained_vae_model_name_or_path,
-        unet_path=model.pretrained_unet_model_name_or_path,
-        revision=model.revision,
-        variant=model.variant,
-        single_file_config=model.single_file_config,
-    )
-    family = problems.attempt(lambda: registry.load("families", model.model_family, "model_family")().for_model(source))
-    facts = problems.attempt(lambda: family.facts(source)) if family else None
-    distiller = problems.attempt(lambda: registry.load("distillers", method, "distillation_method"))
-    optimizer = problems.attempt(lambda: registry.load("optimizers", config.optimizer.optimizer, "optimizer"))
-    if optimizer is not None:
-        problems.attempt(lambda: optimizer.keywords(config.optimizer))
-    problems.raise_any()
-    assert family
-    assert facts
-    assert distiller
-    assert optimizer
-    return Chosen(family, source, facts, method, distiller, optimizer)
-
-
 def _inert_notices(config: Config) -> list[str]:
     """Returns a line for each option that the user set and that does nothing yet."""
     return [f"{key}: has no effect: {reason}" for key, reason in inert_options().items() if _is_set_away(config, key)]
@@ -266,22 +204,27 @@ def _dtypes(
     return torch.float32, compute
 
 
-def _validation(config: Config, defaults: Defaults) -> ValidationPlan:
+def _validation(config: Config, defaults: Defaults, family: ModelFamily) -> ValidationPlan:
     """Returns what to draw. Raises UserError for a prompt library that cannot be read."""
     section = config.validation
     prompts = [section.validation_prompt] if section.validation_prompt else []
     if section.user_prompt_library is not None:
         prompts += _prompt_library(section.user_prompt_library)
     seed = section.validation_seed if section.validation_seed is not None else config.run.seed
-    steps, guidance = section.validation_num_inference_steps, section.validation_guidance
+    advised = defaults.validation_num_inference_steps, defaults.validation_guidance
+    asked = section.validation_num_inference_steps, section.validation_guidance
+    steps, guidance = (
+        next(value for value in values if value is not None)
+        for values in zip(asked, advised, family.usual_sampling, strict=True)
+    )
     return ValidationPlan(
         prompts=() if section.validation_disable else tuple(dict.fromkeys(prompts)),
         negative_prompt=section.validation_negative_prompt,
         sizes_px=section.resolutions,
         seeds=tuple(seed + i for i in range(section.num_validation_images)),
         step_interval=section.validation_step_interval,
-        num_inference_steps=steps if steps is not None else defaults.validation_num_inference_steps,
-        guidance_scale=guidance if guidance is not None else defaults.validation_guidance,
+        num_inference_steps=int(steps),
+        guidance_scale=guidance,
         guidance_rescale=section.validation_guidance_rescale,
     )
 
@@ -381,13 +324,12 @@ def _caches(
     encoding: Encoding,
     datasets: Sequence[DatasetSummary],
     validation: ValidationPlan,
-) -> tuple[Outstanding, ...] | None:
-    """Returns what the caches lack, or None when that cannot be told without a download."""
-    if not chosen.facts.encoders_here or chosen.facts.cond_numbers is None:
-        return None
+) -> tuple[Outstanding, ...]:
+    """Returns what the caches lack."""
     manifests = [summary.manifest for summary in datasets]
     prompts = (*validation.prompts, validation.negative_prompt)
-    return tuple(outstanding(manifests, config.text_cache, encoding, chosen.facts.cond_numbers, prompts))
+    facts = chosen.facts
+    return tuple(outstanding(manifests, config.text_cache, encoding, facts.cond_numbers, prompts, facts.encoders_here))
 
 
 def _scaled(config: Config, world: int, notices: list[str]) -> OptimizerSection:

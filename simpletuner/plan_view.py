@@ -1,12 +1,14 @@
 """The plan for a person, as lines of text, and for programs, as JSON."""
 
 import math
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from simpletuner.data.summary import DatasetSummary
 from simpletuner.plan import Plan
 
+_WIDTH = 96
 _NUM_BUCKETS = 20
 """Buckets listed for a dataset; the rest is one line, and all of them are in the JSON."""
 
@@ -40,9 +42,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:  # Any: JSON
             "num_inference_steps": plan.validation.num_inference_steps,
             "guidance_scale": plan.validation.guidance_scale,
         },
-        "caches": None
-        if plan.caches is None
-        else [{**vars(cache), "folder": str(cache.folder)} for cache in plan.caches],
+        "caches": [{**vars(cache), "folder": str(cache.folder)} for cache in plan.caches],
         "notices": list(plan.notices),
     }
 
@@ -94,11 +94,12 @@ def _lines(plan: Plan) -> Iterator[str]:
     for summary in plan.datasets:
         yield from _dataset_lines(summary, plan.world)
     yield from _cache_lines(plan)
-    batch = f"{run.train_batch_size} x {run.gradient_accumulation_steps} accumulated x {plan.world} processes"
-    yield f"steps       {plan.max_steps}, each of {plan.effective_batch} samples ({batch}): {plan.epochs:.2f} epochs"
-    yield f"an epoch    {plan.batches_per_epoch} batches"
+    processes = _some(plan.world, "process", "processes")
+    batch = f"batch {run.train_batch_size} x {run.gradient_accumulation_steps} accumulated x {processes}"
+    yield f"steps       {plan.max_steps} of {_some(plan.effective_batch, 'sample')} ({batch}): {_epochs(plan)}"
     yield from _validation_lines(plan)
-    yield f"output      {run.output_dir}, a checkpoint every {run.checkpoint_step_interval} steps"
+    every = f"every {_some(run.checkpoint_step_interval, 'step')} and " if run.checkpoint_step_interval else ""
+    yield f"output      {run.output_dir}, a checkpoint {every}at the end"
     if plan.notices:
         yield "notices"
         yield from (f"  - {notice}" for notice in plan.notices)
@@ -115,28 +116,30 @@ def _trained(plan: Plan) -> Iterator[str]:
     if lora.num_parameters is not None:
         counted = f"{_count(lora.num_parameters)} parameters in {lora.num_modules} layers"
     yield f"trains      LoRA rank {lora.settings['r']}, alpha {lora.settings['lora_alpha']:g}: {counted}"
-    yield f"            on {' '.join(lora.settings['target_modules'])}"
+    targets = "on " + " ".join(lora.settings["target_modules"])
+    yield textwrap.indent(textwrap.fill(targets, _WIDTH, subsequent_indent="   "), " " * 12)
 
 
 def _dataset_lines(summary: DatasetSummary, world: int) -> Iterator[str]:
     config = summary.config
     so_far = "" if summary.complete else " so far (not all are counted yet)"
-    yield f"dataset     {config.id}: {summary.num_images} images{so_far} in {len(summary.buckets)} buckets"
+    images, buckets = _some(summary.num_images, "image"), _some(len(summary.buckets), "bucket")
+    yield f"dataset     {config.id}: {images}{so_far} in {buckets}"
     for bucket in summary.buckets[:_NUM_BUCKETS]:
-        yield f"              {bucket.name:>11}  {len(bucket)} images"
+        yield f"              {bucket.name:>11}  {_some(len(bucket), 'image')}"
     if len(summary.buckets) > _NUM_BUCKETS:
         rest = summary.buckets[_NUM_BUCKETS:]
         yield f"              and {sum(map(len, rest))} images in {len(rest)} more buckets"
-    repeats = f", {config.repeats} repeats" if config.repeats else ""
-    yield f"            batch {config.train_batch_size}{repeats}: {summary.batches_per_epoch(world)} batches an epoch"
+    repeats = f", {_some(config.repeats, 'repeat')}" if config.repeats else ""
+    batches = _some(summary.batches_per_epoch(world), "batch", "batches")
+    yield f"            batch {config.train_batch_size}{repeats}: {batches} an epoch"
+    if short := summary.num_short(world):
+        yield f"            {_some(short, 'bucket')} smaller than a batch: trained as a short batch, nothing is dropped"
     for reason, ids in summary.problems.items():
         yield f"            {len(ids)} left out: {reason} (such as {ids[0]})"
 
 
 def _cache_lines(plan: Plan) -> Iterator[str]:
-    if plan.caches is None:
-        yield "to cache    latents and text features of all images: counted when the model has been downloaded"
-        return
     for number, cache in enumerate(plan.caches):
         heading = "" if number else "to cache"
         yield (
@@ -151,13 +154,20 @@ def _validation_lines(plan: Plan) -> Iterator[str]:
         yield "validation  none"
         return
     sizes = ", ".join(f"{width}x{height}" for width, height in validation.sizes_px)
-    every = f"every {validation.step_interval} steps and " if validation.step_interval else ""
-    steps = "its sampler's own number of" if validation.num_inference_steps is None else validation.num_inference_steps
-    guidance = "its own" if validation.guidance_scale is None else f"{validation.guidance_scale:g}"
-    if validation.guidance_scale is not None and validation.guidance_scale <= 1:
-        guidance = "off"
-    yield f"validation  {len(validation.prompts)} prompts at {sizes}, {every}at the end:"
-    yield f"            {steps} steps, guidance {guidance}"
+    every = f"every {_some(validation.step_interval, 'step')} and " if validation.step_interval else ""
+    guidance = "off" if validation.guidance_scale <= 1 else f"{validation.guidance_scale:g}"
+    yield f"validation  {_some(len(validation.prompts), 'prompt')} at {sizes}, {every}at the end:"
+    yield f"            {_some(validation.num_inference_steps, 'step')}, guidance {guidance}"
+
+
+def _epochs(plan: Plan) -> str:
+    each = _some(plan.batches_per_epoch, "batch", "batches")
+    return f"{plan.epochs:.3g} epochs of {each}"
+
+
+def _some(number: int, one: str, many: str | None = None) -> str:
+    """Returns a number with its noun: ``1 image``, ``3 images``."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _count(number: int) -> str:

@@ -4,11 +4,13 @@ import os
 import time
 from functools import partial
 
+from simpletuner.chosen import choose
+from simpletuner.config.errors import Problems
 from simpletuner.config.schema import Config
 from simpletuner.data.captions import read_captions
 from simpletuner.data.manifest import scan
 from simpletuner.data.summary import DatasetSummary, summarise
-from simpletuner.plan import Plan, Problems, choose, make_plan
+from simpletuner.plan import Plan, make_plan
 
 SCAN_SECONDS = 2.0
 """What counting the images of folders that were never scanned may take; then the plan says "so far"."""

@@ -1,12 +1,15 @@
 """The whole way of a run: scan, plan, cache, build, train, publish; each arrow is one call."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
 import transformers
 from accelerate import Accelerator
 
+from simpletuner.chosen import choose
+from simpletuner.config.errors import Problems
 from simpletuner.config.schema import Config
 from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.identity import Ranks
@@ -15,7 +18,7 @@ from simpletuner.data.summary import summarise
 from simpletuner.hooks.caching import CachingProgress
 from simpletuner.hooks.progress import ProgressHook
 from simpletuner.hooks.validation import make_validation
-from simpletuner.plan import Plan, Problems, choose, make_plan
+from simpletuner.plan import Plan, make_plan
 from simpletuner.plan_view import plan_text
 from simpletuner.publishing.result import result_step, write_result
 from simpletuner.training import metrics, resume, run_lock, snapshot
@@ -48,6 +51,8 @@ def train(config: Config) -> TrainState:
         )
         return TrainState(plan.max_steps, loaded.step)
     cache = _cache(plan, accelerator)
+    # The files of a model from the hub are here by now, and only they say how the family treats empty prompts.
+    plan = replace(plan, family=plan.family.for_model(plan.source))
     run = build(plan, accelerator, cache, _dataset(plan, cache, accelerator))
     state = TrainState(plan.max_steps) if loaded is None else snapshot.restore(run, loaded, plan.max_steps)
     _trainer(plan, run, cache, state).train()

@@ -1,7 +1,10 @@
 """What a user wrote wrongly: one error type, printed as plain lines with exit status 2."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -21,3 +24,23 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 def printable(line: str) -> str:
     """Returns a line without control characters, so that a file from elsewhere cannot steer the terminal."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+
+
+class Problems:
+    """Collects the lines of all mistakes, so that a user sees them at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """Returns the action's result, or None when it raised a UserError, whose lines are kept."""
+        try:
+            return action()
+        except UserError as error:
+            self.lines.extend(error.lines)
+            return None
+
+    def raise_any(self) -> None:
+        """Raises one UserError with all lines, if there are any."""
+        if self.lines:
+            raise UserError(*dict.fromkeys(self.lines))

@@ -60,7 +60,7 @@ class Outstanding:
     """What one cache holds and lacks, as far as it can be told without reading images."""
 
     what: str
-    """``latents`` or ``text``."""
+    """``latents`` or ``captions``."""
     id: str
     """Of the dataset or of the text cache."""
     folder: Path
@@ -98,7 +98,7 @@ def precompute(
         manifests: With captions (``prepare``).
         text_cache: Where text features go.
         encoding: Who encodes.
-        prompts: To encode beside the captions; the empty prompt always is.
+        prompts: To encode beside the captions, one by one; the empty prompt always is.
         ranks: The share of this process; None: everything.
         progress: Told what was encoded by this rank.
 
@@ -106,7 +106,7 @@ def precompute(
         UserError: An encoder gives numbers that are not finite, a cache folder cannot be written, or no image of a
             dataset could be decoded.
     """
-    ranks = ranks or Ranks()
+    ranks, prompts = ranks or Ranks(), tuple(prompts)
     manifests = tuple(identify(manifest, ranks, progress) for manifest in manifests)
     buckets = tuple(tuple(keyed_buckets(manifest)) for manifest in manifests)
     stores = [encoding.latent_store(manifest.dataset) for manifest in manifests]
@@ -119,7 +119,10 @@ def precompute(
     # Datasets that share a folder may share images too.
     shards = list({(shard.store.folder, digest(*shard.keys)): shard for shard in shards}.values())
     missing = text_store.index().missing(texts)
-    chunks = _chunks(missing, text_cache.write_batch_size)
+    # Prompts are encoded one by one, as a pipeline does: in a batch they would differ in the last bits.
+    alone = {text_key(text) for text in ("", *prompts)}
+    chunks = [[key] for key in missing if key in alone]
+    chunks += _chunks([key for key in missing if key not in alone], text_cache.write_batch_size)
     ranks.barrier()  # all have planned from the same state; only now may it change
     _encode_latents(shards[ranks.rank :: ranks.world], encoding, progress)
     _encode_text(chunks[ranks.rank :: ranks.world], texts, text_store, encoding, progress)
@@ -137,35 +140,36 @@ def outstanding(
     encoding: Encoding,
     cond_numbers: int,
     prompts: Iterable[str] = (),
+    encoders_here: bool = True,
 ) -> list[Outstanding]:
     """Returns what each cache lacks and how large it gets; loads no weights, reads no image, writes nothing.
 
     Args:
         manifests: With captions (``prepare``).
         text_cache: Where text features go.
-        encoding: Who would encode; its files must be on this machine.
+        encoding: Who would encode.
         cond_numbers: How many numbers the features of one prompt are.
         prompts: To encode beside the captions.
+        encoders_here: False when the encoders' files are still to be downloaded: then everything counts as missing,
+            because what was cached cannot be told to be theirs.
     """
     family = encoding.family
     found: list[Outstanding] = []
     for manifest in manifests:
-        store = encoding.latent_store(manifest.dataset)
+        index = encoding.latent_store(manifest.dataset).index() if encoders_here else Index()
         total = missing = total_bytes = missing_bytes = 0
-        for bucket, absent in _missing_by_bucket(manifest, store.index()):
+        for bucket, absent in _missing_by_bucket(manifest, index):
             size_bytes = prod(family.latent_shape(*bucket.target)) * 2 * torch.float32.itemsize  # mean and std
             total, total_bytes = total + len(bucket), total_bytes + len(bucket) * size_bytes
             missing, missing_bytes = missing + absent, missing_bytes + absent * size_bytes
-        found.append(
-            Outstanding("latents", manifest.dataset.id, store.folder, total, missing, total_bytes, missing_bytes)
-        )
-    store = encoding.text_store(text_cache)
+        folder = manifest.dataset.cache_dir_vae
+        found.append(Outstanding("latents", manifest.dataset.id, folder, total, missing, total_bytes, missing_bytes))
+    index = encoding.text_store(text_cache).index() if encoders_here else Index()
     keys = [text_key(text) for text in _texts(manifests, prompts)]
-    missing, size_bytes = len(store.index().missing(keys)), cond_numbers * encoding.text_dtype.itemsize
+    missing, size_bytes = len(index.missing(keys)), cond_numbers * encoding.text_dtype.itemsize
     total = len(set(keys))
-    found.append(
-        Outstanding("text", text_cache.id, store.folder, total, missing, total * size_bytes, missing * size_bytes)
-    )
+    folder, total_bytes = text_cache.cache_dir, total * size_bytes
+    found.append(Outstanding("captions", text_cache.id, folder, total, missing, total_bytes, missing * size_bytes))
     return found
 
 

@@ -250,7 +250,7 @@ class Facts:
     """Parameter name -> shape of the network to train, in diffusers' names."""
     guidance_embed_dim: int | None = None
     """Width of the guidance embedding that the network already has."""
-    cond_numbers: int | None = None
+    cond_numbers: int = 0
     """How many numbers one prompt's features are, for the size of the cache."""
     encoders_here: bool = False
     """Whether VAE and text encoders are on this machine: only then can the caches made by them be looked into."""

@@ -32,15 +32,9 @@ class SamplingSettings:
 
 def student_settings(plan: Plan, run: Run) -> SamplingSettings:
     """Returns how the result is drawn: as the method says, unless the config says otherwise."""
-    scheduler, advised = run.distiller.sampling(_scheduler_config(plan))
+    scheduler, _ = run.distiller.sampling(_scheduler_config(plan))
     validation = plan.validation
-    steps, guidance = validation.num_inference_steps, validation.guidance_scale
-    return SamplingSettings(
-        scheduler,
-        advised["num_inference_steps"] if steps is None else steps,
-        advised["guidance_scale"] if guidance is None else guidance,
-        _options(plan),
-    )
+    return SamplingSettings(scheduler, validation.num_inference_steps, validation.guidance_scale, _options(plan))
 
 
 def base_settings(plan: Plan) -> SamplingSettings:

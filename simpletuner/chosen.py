@@ -1,0 +1,52 @@
+"""The plug-ins that a config names, and what the headers of its model tell."""
+
+from dataclasses import dataclass
+
+from simpletuner import registry
+from simpletuner.config.errors import Problems
+from simpletuner.config.schema import Config
+from simpletuner.distillers._base import Distiller
+from simpletuner.families._base import Facts, ModelFamily, ModelSource
+from simpletuner.optimizers._base import OptimizerPlugin
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The plug-ins that the config names, and what the model's headers tell."""
+
+    family: ModelFamily
+    source: ModelSource
+    facts: Facts
+    method: str
+    distiller: type[Distiller]
+    optimizer: OptimizerPlugin
+
+
+def choose(config: Config) -> Chosen:
+    """Returns the plug-ins of a config; needs no data, so that the scan can wait for it.
+
+    Raises:
+        UserError: One line for each name that is unknown and each path that is no model.
+    """
+    problems, model = Problems(), config.model
+    method = config.distillation.distillation_method or "sft"
+    source = ModelSource(
+        path=model.pretrained_model_name_or_path,
+        vae_path=model.pretrained_vae_model_name_or_path,
+        unet_path=model.pretrained_unet_model_name_or_path,
+        revision=model.revision,
+        variant=model.variant,
+        single_file_config=model.single_file_config,
+    )
+    family = problems.attempt(lambda: registry.load("families", model.model_family, "model_family")().for_model(source))
+    facts = problems.attempt(lambda: family.facts(source)) if family else None
+    distiller = problems.attempt(lambda: registry.load("distillers", method, "distillation_method"))
+    optimizer = problems.attempt(lambda: registry.load("optimizers", config.optimizer.optimizer, "optimizer"))
+    if optimizer is not None:
+        problems.attempt(lambda: optimizer.keywords(config.optimizer))
+    problems.raise_any()
+    assert family
+    assert facts
+    assert distiller
+    assert optimizer
+    return Chosen(family, source, facts, method, distiller, optimizer)
