@@ -6,7 +6,8 @@ from simpletuner import registry
 from simpletuner.config.errors import Problems
 from simpletuner.config.schema import Config
 from simpletuner.distillers._base import Distiller
-from simpletuner.families._base import Facts, ModelFamily, ModelSource
+from simpletuner.families._base import Facts, ModelFamily
+from simpletuner.families._source import ModelSource
 from simpletuner.optimizers._base import OptimizerPlugin
 
 

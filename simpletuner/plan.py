@@ -19,7 +19,8 @@ from simpletuner.data.identity import Encoding
 from simpletuner.data.precompute import Outstanding, outstanding
 from simpletuner.data.summary import DatasetSummary
 from simpletuner.distillers._base import Defaults, Distiller, RunFacts
-from simpletuner.families._base import Facts, ModelFamily, ModelSource, lora_modules, lora_num_parameters
+from simpletuner.families._base import Facts, ModelFamily, lora_modules, lora_num_parameters
+from simpletuner.families._source import ModelSource
 from simpletuner.optimizers._base import OptimizerPlugin
 from simpletuner.schedules import NoiseSchedule, from_scheduler_config
 

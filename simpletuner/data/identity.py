@@ -20,7 +20,8 @@ from simpletuner.data.cache import Store, digest, write_atomically
 from simpletuner.data.geometry import Size, cuts
 from simpletuner.data.manifest import Manifest, Progress, integers, manifest_path, strings, write_manifest
 from simpletuner.data.transforms import TRANSFORM_VERSION
-from simpletuner.families._base import ModelFamily, ModelSource
+from simpletuner.families._base import ModelFamily
+from simpletuner.families._source import ModelSource
 
 _FORMAT = "1"  # of what a shard holds
 _NUM_READERS = 16

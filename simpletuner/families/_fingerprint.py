@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from simpletuner.families._base import read_header
+from simpletuner.families._source import read_header
 
 _BLOCK_BYTES = 4096
 

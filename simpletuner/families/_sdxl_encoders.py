@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from simpletuner.config.errors import UserError
-from simpletuner.families._base import ModelSource, Part
+from simpletuner.families._base import Part
+from simpletuner.families._source import ModelSource
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

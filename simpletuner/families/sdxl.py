@@ -21,15 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from simpletuner.atomic import files_into
 from simpletuner.batch import Cond
 from simpletuner.config.errors import UserError
-from simpletuner.families._base import (
-    Facts,
-    Json,
-    ModelSource,
-    Part,
-    PredictionType,
-    lora_metadata,
-    read_shapes,
-)
+from simpletuner.families._base import Facts, Part, PredictionType, lora_metadata
 from simpletuner.families._fingerprint import fingerprint
 from simpletuner.families._sdxl_encoders import (
     PARTS,
@@ -40,6 +32,7 @@ from simpletuner.families._sdxl_encoders import (
     load_vae,
     marker,
 )
+from simpletuner.families._source import Json, ModelSource, read_shapes
 from simpletuner.schedules import NoiseSchedule, from_scheduler_config
 
 if TYPE_CHECKING:

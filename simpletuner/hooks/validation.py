@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from simpletuner.batch import Cond
 from simpletuner.data.cache import digest
 from simpletuner.data.precompute import Cache
 from simpletuner.hooks.contact_sheet import write_contact_sheet
@@ -110,9 +111,8 @@ class Validation:
 
     def on_start(self, state: TrainState) -> None:
         """Draws the base model once, while it is still at hand; a full model changes with the first step."""
-        for folder in self._folder.glob("step-*"):
-            if _step_of(folder) > state.step and self._run.accelerator.is_main_process:
-                shutil.rmtree(folder)  # drawn by steps that are about to be made again
+        if self._run.accelerator.is_main_process:
+            self._remove_stale(state.step)
         self._run.accelerator.wait_for_everyone()
         if state.step == 0 or self._run.has_adapter:
             for column in self._base_columns:
@@ -121,6 +121,14 @@ class Validation:
             self.on_step(state, None)
         elif self._draws_at_start:
             self._draw(self._column(0))
+
+    def _remove_stale(self, step: int) -> None:
+        """Removes what was drawn by steps that are about to be made again; from the start on, by another model too."""
+        if step == 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in self._folder.glob("step-*"):
+            if _step_of(folder) > step:
+                shutil.rmtree(folder)
 
     def on_step(self, state: TrainState, row: Row | None) -> None:
         """Draws the student where the interval or the end of the run asks for it."""
@@ -139,6 +147,7 @@ class Validation:
         """Draws this rank's share of a column's missing pictures, then the sheet."""
         run, folder = self._run, self._folder / column.folder
         missing = [request for request in self._requests if not (folder / request.file_name).exists()]
+        run.accelerator.wait_for_everyone()  # all have looked before one draws: else they would share different lists
         if missing:
             started = time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
@@ -153,13 +162,14 @@ class Validation:
             self._write_sheet()
 
     def _draw_one(self, column: Column, request: Request, vae: nn.Module, path: Path) -> None:
+        cond = self._cache.prompt(request.prompt)
         picture = draw_picture(
             self._run.family,
             self._run.module,
             vae,
             column.settings,
-            self._cache.prompt(request.prompt),
-            self._cache.prompt(self._negative_prompt),
+            cond,
+            self._negative(cond),
             request.size_px,
             request.seed,
             column.use_adapter,
@@ -167,6 +177,11 @@ class Validation:
         temporary = path.with_suffix(".tmp")
         picture.save(temporary, format="PNG")
         os.replace(temporary, path)
+
+    def _negative(self, cond: Cond) -> Cond:
+        """Returns the features [1, ...] of the negative prompt; without one, what a pipeline takes that got none."""
+        negative = self._cache.prompt(self._negative_prompt)
+        return negative if self._negative_prompt else self._run.family.uncond(cond, negative)
 
     def _write_sheet(self) -> None:
         steps = sorted(_step_of(folder) for folder in self._folder.glob("step-*"))

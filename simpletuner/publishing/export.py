@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from simpletuner.atomic import files_into
-from simpletuner.families._base import Json, ModelFamily
+from simpletuner.families._base import ModelFamily
+from simpletuner.families._source import Json
 
 
 def write_lora(

@@ -26,7 +26,7 @@ class CardFacts:
     scheduler: str
     """Name of the diffusers scheduler class."""
     sampling: Mapping[str, Any]  # Any: arguments of the pipeline's call
-    """num_inference_steps and guidance_scale."""
+    """num_inference_steps, guidance_scale and what else was set, such as negative_prompt."""
     dtype: torch.dtype
     prompt: str
     size_px: tuple[int, int]

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from simpletuner.plan import Plan
 from simpletuner.plan_view import plan_rows
@@ -55,7 +56,7 @@ def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
         pipeline=run.family.pipeline_class,
         network=None if run.has_adapter else type(run.module).__name__,
         scheduler=type(settings.scheduler).__name__,
-        sampling={"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale},
+        sampling=_sampling(plan, settings),
         dtype=plan.weight_dtype,
         prompt=prompt,
         size_px=plan.validation.sizes_px[0],
@@ -64,6 +65,13 @@ def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
         tags=("text-to-image", "diffusers", *(("lora",) if run.has_adapter else ()), plan.method),
         note=config.publish.model_card_note,
     )
+
+
+def _sampling(plan: Plan, settings: SamplingSettings) -> dict[str, Any]:
+    """Returns the arguments of the pipeline's call with which the validation pictures are drawn."""
+    numbers = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+    negative = plan.validation.negative_prompt if settings.guidance_scale > 1 else ""
+    return {**numbers, **settings.options, **({"negative_prompt": negative} if negative else {})}
 
 
 def _write(path: Path, text: str) -> None:

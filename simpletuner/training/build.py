@@ -21,7 +21,8 @@ from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.precompute import Cache
 from simpletuner.denoiser import Denoiser, checkpoint_with_adapters
 from simpletuner.distillers._base import Distiller, Setup
-from simpletuner.families._base import ModelFamily, ModelSource, Part
+from simpletuner.families._base import ModelFamily, Part
+from simpletuner.families._source import ModelSource
 from simpletuner.plan import Plan
 from simpletuner.schedules import NoiseSchedule
 from simpletuner.training.adapters import ADAPTER, attach_lora, start_from, trainable_parameters

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simpletuner.families._base import ModelSource, lora_modules
+from simpletuner.families._base import lora_modules
+from simpletuner.families._source import ModelSource
 from simpletuner.families.sdxl import SDXL
 from simpletuner.publishing.export import write_lora
 from simpletuner.training.adapters import adapter_metadata, adapter_state, attach_lora

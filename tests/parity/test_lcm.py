@@ -125,7 +125,7 @@ def test_sdxl(kind: Any, tiny_model: Path, tiny_model_v: Path) -> None:
     """The real UNet with diffusers' own adapter switches, and its conditioning written out by hand."""
     from peft import LoraConfig
 
-    from simpletuner.families._base import ModelSource
+    from simpletuner.families._source import ModelSource
     from simpletuner.families.sdxl import PLUGIN
 
     source = ModelSource(path=str(tiny_model if kind == "epsilon" else tiny_model_v))

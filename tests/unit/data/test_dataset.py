@@ -6,8 +6,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simpletuner.batch import Batch
 from simpletuner.data.dataset import CachedDataset
@@ -60,6 +62,31 @@ def test_a_batch_holds_the_features_and_the_cut_of_its_images(root: Path):
             captions = WIDE_CAPTIONS if wide else [f"caption of {name}"]
             assert pooled.tolist() in [features(caption).tolist() for caption in captions]
     assert sorted(seen) == sorted([f"square_{n}.png" for n in range(5)] + [f"wide/{n}.jpg" for n in range(3)])
+
+
+@pytest.mark.parametrize("style", ["random", "center", "corner"])
+def test_the_geometry_is_what_was_really_cut(tmp_path: Path, style: str):
+    for number, size in enumerate([(160, 80), (80, 160), (200, 64), (64, 200), (100, 100)]):
+        add_image(tmp_path / "images", f"{number}.png", size, number)
+    values = {"crop": True, "crop_aspect": "square", "crop_style": style, "vae_batch_size": 1}
+    for batch, _ in take(build(tmp_path, **values), 3):
+        for name, geometry, mean in zip(batch.ids, batch.geometry.int().tolist(), batch.mean, strict=True):
+            image = Image.open(tmp_path / "images" / name)
+            height, width, top, left, target_height, target_width = geometry
+            assert (image.size, target_height, target_width) == ((width, height), 64, 64)
+            scale = 64 / min(width, height)
+            scaled = image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+            cut = np.asarray(scaled.crop((left, top, left + 64, top + 64)))
+            pixels = torch.from_numpy(cut.copy()).permute(2, 0, 1).float() / 127.5 - 1
+            assert torch.equal(mean, CountingFamily().encode_image("", pixels[None])[0][0])
+    shown = {
+        name: g.tolist()
+        for b, _ in take(build(tmp_path, **values), 3)
+        for name, g in zip(b.ids, b.geometry, strict=True)
+    }
+    assert (shown["0.png"][2] == 0, shown["1.png"][3] == 0) == (True, True)
+    if style != "corner":
+        assert min(shown["0.png"][3], shown["1.png"][2]) > 0
 
 
 def test_positions_count_the_samples(root: Path):

@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from itertools import islice
 from pathlib import Path
 from threading import Barrier, Thread
@@ -160,6 +161,20 @@ def test_no_image_that_decodes_is_one_line(tmp_path: Path):
         run(tmp_path)
 
 
+def test_a_file_that_changes_under_its_encoder_is_left_for_the_next_start(root: Path):
+    class Editing(CountingFamily):
+        def load_encoders(self, *args: Any, **kwargs: Any) -> str:
+            add_image(root / "images", "a.png", (64, 64), seed=77, caption=None)
+            return super().load_encoders(*args, **kwargs)
+
+    family, cache = run(root, Editing())
+    data = CachedDataset(cache, family.uncond, 0)
+    assert data.problems == {"pictures": {"could not be read when it was to be encoded": ("a.png",)}}
+    again, cache = run(root)
+    assert len(again.images) == 1
+    assert CachedDataset(cache, again.uncond, 0).problems == {"pictures": {}}
+
+
 def test_infinite_latents_name_the_image_and_what_to_change(root: Path):
     class Overflowing(CountingFamily):
         def encode_image(self, encoders: str, pixels: torch.Tensor):
@@ -245,7 +260,11 @@ def test_ranks_share_the_work_and_end_with_the_same_bytes(root: Path):
     families, caches = [CountingFamily(), CountingFamily()], dict[int, Cache]()
 
     def work(rank: int) -> None:
-        ranks = Ranks(rank, 2, barrier.wait)
+        def wait() -> None:
+            barrier.wait()
+            time.sleep(0.3 * rank)  # the other rank must not go ahead and change what this one plans from
+
+        ranks = Ranks(rank, 2, wait)
         manifests = prepare([dataset(root, **settings)], ranks)
         caches[rank] = precompute(manifests, text_cache(root), Encoding(families[rank], None), ranks=ranks)
 

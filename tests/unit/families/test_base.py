@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.config.errors import UserError
-from simpletuner.families._base import ModelSource, lora_metadata, lora_modules, lora_num_parameters, read_shapes
+from simpletuner.families._base import lora_metadata, lora_modules, lora_num_parameters
+from simpletuner.families._source import ModelSource, read_shapes
 from simpletuner.families.sdxl import SDXL
 
 HUB_ID = "someone/tiny-sdxl"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from simpletuner import registry
-from simpletuner.families._base import ModelFamily, ModelSource, lora_modules, lora_num_parameters
+from simpletuner.families._base import ModelFamily, lora_modules, lora_num_parameters
+from simpletuner.families._source import ModelSource
 from simpletuner.training.adapters import adapter_state, attach_lora
 from tests.tiny import RECIPES
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.families._base import ModelSource
+from simpletuner.families._source import ModelSource
 from simpletuner.families.sdxl import SDXL
 
 PAGE = Path(__file__).parents[3] / "documentation" / "ADDING_A_FAMILY.md"

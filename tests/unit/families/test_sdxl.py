@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.config.errors import UserError
-from simpletuner.families._base import ModelSource
+from simpletuner.families._source import ModelSource
 from simpletuner.families.sdxl import SDXL, guidance_embedding
 
 CPU = torch.device("cpu")

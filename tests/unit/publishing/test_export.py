@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from simpletuner.atomic import files_into, new_folder
-from simpletuner.families._base import ModelSource
+from simpletuner.families._source import ModelSource
 from simpletuner.families.sdxl import SDXL
 from simpletuner.publishing.export import write_model
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from simpletuner.config.errors import UserError
 from simpletuner.denoiser import adapters_off
-from simpletuner.families._base import ModelSource
+from simpletuner.families._source import ModelSource
 from simpletuner.families.sdxl import SDXL
 from simpletuner.training.adapters import (
     adapter_metadata,
