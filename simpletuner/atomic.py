@@ -19,8 +19,7 @@ def files_into(folder: Path) -> Generator[Path]:
         yield temporary
         written = sorted((path for path in temporary.rglob("*") if path.is_file()), key=lambda p: p.suffix == ".json")
         for path in written:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(path)
         for path in written:
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,4 +38,23 @@ def new_folder(folder: Path) -> Generator[Path]:
         made = Path(name) / folder.name
         made.mkdir()
         yield made
+        for path in made.rglob("*"):
+            flush(path)
         made.replace(folder)
+
+
+def flush(path: Path) -> None:
+    """Forces a file, or a folder's entries, to the disk; gives a file the mode that new files have here.
+
+    safetensors 0.8 writes files that their owner alone may read, but a result is there for other programs.
+    """
+    if path.is_file():
+        probe = path.with_name(f".{path.name}.mode")
+        probe.touch()
+        path.chmod(probe.stat().st_mode)
+        probe.unlink()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,7 +1,6 @@
 """What a finished run leaves in output_dir: weights, scheduler, card, and the configuration that made them."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,11 @@ def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:
     else:
         write_model(folder, run.module, settings.scheduler)
         yield f"model: {folder}"
-    _write(folder / CARD, card_text(_card_facts(plan, run, settings)))
-    yield f"how to draw with it: {folder / CARD}"
     document = {"step": state.step, "config": plan.config.model_dump(mode="json"), **provenance()}
-    _write(folder / CONFIG, json.dumps(document, indent=1) + "\n")
+    with files_into(folder) as made:
+        (made / CARD).write_text(card_text(_card_facts(plan, run, settings)), encoding="utf8")
+        (made / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
+    yield f"how to draw with it: {folder / CARD}"
 
 
 def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
@@ -72,13 +72,3 @@ def _sampling(plan: Plan, settings: SamplingSettings) -> dict[str, Any]:
     numbers = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
     negative = plan.validation.negative_prompt if settings.guidance_scale > 1 else ""
     return {**numbers, **settings.options, **({"negative_prompt": negative} if negative else {})}
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a text file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

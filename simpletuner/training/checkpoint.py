@@ -11,7 +11,6 @@ first. So a process that is killed at any point leaves only complete folders und
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 import re
 import shutil
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]  (its own types)
 from torch import Tensor
 
+from simpletuner.atomic import flush
 from simpletuner.config.errors import UserError
 
 FORMAT = 1
@@ -69,17 +69,17 @@ def save(
         for number, part in enumerate(_parts(members)):
             path = writing / (f"{group}.{number}.safetensors" if number else f"{group}.safetensors")
             save_file(part, path)
-            _flush(path)
+            flush(path)
     files = {path.name: path.stat().st_size for path in sorted(writing.iterdir())}
     document = {"format": FORMAT, "step": step, "groups": list(tensors), "files": files, "state": dict(state)}
     path = writing / STATE_FILE
     path.write_text(json.dumps(document, indent=1), encoding="ascii")
-    _flush(path)
-    _flush(writing)
+    flush(path)
+    flush(writing)
     if target.exists():
         target.rename(_hidden(target, _DELETING))
     writing.rename(target)
-    _flush(root)
+    flush(root)
     shutil.rmtree(_hidden(target, _DELETING), ignore_errors=True)
     if keep is not None:
         for old in _checkpoints(root)[: -max(1, keep)]:
@@ -231,12 +231,3 @@ def _delete(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def _flush(path: Path) -> None:
-    """Forces a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
