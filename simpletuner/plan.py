@@ -83,7 +83,6 @@ class Plan:
     """What the latents of each dataset, and the text features, lack."""
     weight_dtype: torch.dtype
     """Of the network's weights; an adapter's are float32."""
-    text_dtype: torch.dtype
     vae_dtype: torch.dtype
     compute_dtype: torch.dtype | None
     """Of autocast around the network; None: no autocast."""
@@ -95,8 +94,11 @@ class Plan:
         return (*self.validation.prompts, self.validation.negative_prompt)
 
     def encoding(self, device: torch.device) -> Encoding:
-        """Returns who encodes the caches, on a device."""
-        return Encoding(self.family, self.source, device, self.vae_dtype, self.text_dtype)
+        """Returns who encodes the caches, on a device.
+
+        Text in the weights' dtype: the result is loaded as one pipeline, which encodes its prompts in that dtype too.
+        """
+        return Encoding(self.family, self.source, device, self.vae_dtype, self.weight_dtype)
 
     @property
     def effective_batch(self) -> int:
@@ -143,8 +145,8 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
             f"lr_warmup_steps: the learning rate is still rising when the run ends ({max_steps} steps); "
             f"full rate is reached at step {config.optimizer.lr_warmup_steps}"
         )
-    text_dtype, vae_dtype = _DTYPES[config.run.mixed_precision], _VAE_DTYPES[config.model.vae_dtype]
-    encoding = Encoding(family, chosen.source, vae_dtype=vae_dtype, text_dtype=text_dtype)
+    vae_dtype = _VAE_DTYPES[config.model.vae_dtype]
+    encoding = Encoding(family, chosen.source, vae_dtype=vae_dtype, text_dtype=weight_dtype)
     return Plan(
         config=config,
         family=family,
@@ -163,7 +165,6 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
         batches_per_epoch=batches,
         caches=_caches(config, chosen, encoding, datasets, validation),
         weight_dtype=weight_dtype,
-        text_dtype=text_dtype,
         vae_dtype=vae_dtype,
         compute_dtype=compute_dtype,
         notices=tuple(dict.fromkeys(notices)),

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from simpletuner.atomic import files_into
 from simpletuner.plan import Plan
 from simpletuner.plan_view import plan_rows
 from simpletuner.publishing.export import write_lora, write_model

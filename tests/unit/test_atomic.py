@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,15 @@ def test_files_appear_at_the_end_and_keep_their_subfolders(tmp_path: Path) -> No
 
 def test_after_an_exception_there_is_nothing_new(tmp_path: Path) -> None:
     (tmp_path / "kept.txt").write_text("old")
-    for context, place in ((files_into, tmp_path), (new_folder, tmp_path / "new")):
-        with pytest.raises(ZeroDivisionError), context(place) as made:
+
+    def fail(context: Any, place: Path) -> None:
+        with context(place) as made:
             (made / "kept.txt").write_text("new")
             raise ZeroDivisionError
+
+    for context, place in ((files_into, tmp_path), (new_folder, tmp_path / "new")):
+        with pytest.raises(ZeroDivisionError):
+            fail(context, place)
     assert {path.name: path.read_text() for path in tmp_path.rglob("*")} == {"kept.txt": "old"}
 
 
