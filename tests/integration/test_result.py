@@ -1,0 +1,154 @@
+"""What a run leaves behind, and that a program which knows nothing of us draws the run's own pictures with it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from safetensors import safe_open
+
+from tests.integration.conftest import SETTINGS, Project
+
+PROMPT = "a red picture with a circle"
+LCM: dict[str, Any] = {"validation_prompt": PROMPT, "lora_alpha": 10, "max_train_steps": 2}
+SFT: dict[str, Any] = LCM | {
+    "distillation_method": None,
+    "distillation_config": None,
+    "validation_num_inference_steps": 3,
+}
+FULL: dict[str, Any] = SFT | {"model_type": "full", "lora_alpha": None, "learning_rate": 1e-3}
+RUNS: dict[str, dict[str, Any]] = {
+    "float32": LCM,
+    "bf16": LCM | {"mixed_precision": "bf16"},
+    "other-grid": LCM | {"distillation_config": {"num_ddim_timesteps": 40, "timestep_scaling_factor": 8.0}},
+    "guided": SFT | {"validation_guidance": 3.0, "validation_negative_prompt": "blurry"},
+    "guided-bf16": SFT | {"mixed_precision": "bf16", "validation_guidance": 3.0, "validation_guidance_rescale": 0.5},
+    "guided-by-nothing": SFT | {"validation_guidance": 3.0},
+    "full": FULL,
+    "full-bf16": FULL | {"mixed_precision": "bf16", "optimizer": "adamw_bf16"},
+    "full-autocast": FULL | {"mixed_precision": "bf16"},
+}
+
+FRESH = """
+import os, sys
+import safetensors.torch, torch
+torch.set_num_threads(1)
+load_file = safetensors.torch.load_file
+def load_copies(path, *args, **kwargs):  # MKL rounds in another way where memory is not aligned, as in a mapped file
+    tensors = load_file(path, *args, **kwargs)
+    return {name: value.clone() for name, value in tensors.items()} if "lora" in os.path.basename(path) else tensors
+safetensors.torch.load_file = load_copies
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    code = open("README.md").read().partition("```python")[2].partition("```")[0]
+    exec(code, {})
+    if "load_lora_weights" in code:
+        without = [line for line in code.splitlines() if "load_lora_weights" not in line]
+        exec("\\n".join(without).replace("image.png", "base.png"), {})
+assert not any(name.startswith("simpletuner") for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pictures: Path, shared_cache: Path
+) -> dict[str, Path]:
+    """Returns the output_dir of each run, in which a fresh process has executed the README's code."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    found: dict[str, Path] = {}
+    for name, changes in RUNS.items():
+        paths = {"pretrained_model_name_or_path": str(tiny_model), "output_dir": str(folder / name / "output")}
+        project = Project(folder / name, SETTINGS | paths).use_pictures(pictures, shared_cache)
+        project.train(**changes)
+        found[name] = project.output
+    subprocess.run([sys.executable, "-c", FRESH, *map(str, found.values())], check=True, capture_output=True)
+    return found
+
+
+def picture(output: Path, column: str) -> Image.Image:
+    (path,) = (output / "validation" / column).glob("*.png")
+    return Image.open(path).convert("RGB")
+
+
+def differ(one: Image.Image, other: Image.Image) -> bool:
+    return ImageChops.difference(one, other).getbbox() is not None
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_validation_picture_is_the_one_that_the_readme_draws(outputs: dict[str, Path], name: str):
+    output = outputs[name]
+    drawn = Image.open(output / "image.png")
+    assert drawn.size == (64, 64)
+    assert not differ(drawn, picture(output, "step-000002"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_validation_picture_is_not_the_bases(outputs: dict[str, Path], name: str):
+    output = outputs[name]
+    assert differ(picture(output, "step-000002"), picture(output, "base-few-steps"))
+    assert differ(picture(output, "step-000002"), picture(output, "base"))
+
+
+@pytest.mark.parametrize("name", [name for name, changes in RUNS.items() if changes.get("model_type") != "full"])
+def test_the_base_picture_is_the_one_drawn_without_the_adapter(outputs: dict[str, Path], name: str):
+    output = outputs[name]
+    assert not differ(Image.open(output / "base.png"), picture(output, "base-few-steps"))
+
+
+def test_a_negative_prompt_changes_the_picture(outputs: dict[str, Path]):
+    """Else the equality above would hold for two programs that both ignore it."""
+    column = "base-few-steps"
+    assert differ(picture(outputs["guided"], column), picture(outputs["guided-by-nothing"], column))
+
+
+def test_the_files_of_an_adapter(outputs: dict[str, Path]):
+    output = outputs["float32"]
+    names = {path.name for path in output.iterdir() if not path.name.startswith(".")} - {"image.png", "base.png"}
+    assert names == {
+        *("pytorch_lora_weights.safetensors", "scheduler", "README.md", "simpletuner.json"),
+        *("checkpoint-2", "metrics.jsonl", "validation"),
+    }
+    with safe_open(output / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 10)
+    assert dtypes == {torch.float32}
+
+
+def test_the_files_of_a_whole_model(outputs: dict[str, Path]):
+    output = outputs["full-bf16"]
+    with safe_open(output / "diffusion_pytorch_model.safetensors", "pt") as file:
+        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    assert dtypes == {torch.bfloat16}
+    assert not (output / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_scheduler_is_the_methods(outputs: dict[str, Path]):
+    def config(name: str) -> dict[str, Any]:
+        return json.loads((outputs[name] / "scheduler" / "scheduler_config.json").read_text())
+
+    assert config("float32")["_class_name"] == "LCMScheduler"
+    assert (config("float32")["original_inference_steps"], config("float32")["timestep_scaling"]) == (50, 10.0)
+    assert (config("other-grid")["original_inference_steps"], config("other-grid")["timestep_scaling"]) == (40, 8.0)
+    assert config("guided")["_class_name"] == "EulerDiscreteScheduler"
+
+
+def test_the_resolved_config_is_kept(outputs: dict[str, Path]):
+    document = json.loads((outputs["bf16"] / "simpletuner.json").read_text())
+    assert document["step"] == 2
+    assert document["config"]["run"]["mixed_precision"] == "bf16"
+    assert document["config"]["lora"]["lora_alpha"] == 10
+    assert document["versions"]["torch"] == torch.__version__
+
+
+def test_the_card_says_what_was_trained(outputs: dict[str, Path]):
+    card = (outputs["float32"] / "README.md").read_text()
+    for row in ("| method | lcm |", "| steps | 2 of 2 samples |", "| adapter | LoRA rank 4, alpha 10 |"):
+        assert row in card
+    assert re.search(r"^base_model:", card, re.MULTILINE) is None  # a path of this machine means nothing to the hub
