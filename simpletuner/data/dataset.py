@@ -3,9 +3,8 @@
 Shapes: B samples of this rank, C latent channels, h w latent size.
 """
 
-import queue
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from simpletuner.batch import Batch, Cond
 from simpletuner.data.cache import Reader
-from simpletuner.data.identity import Ranks, text_key
+from simpletuner.data.identity import Ranks, ahead, text_key
 from simpletuner.data.precompute import Cache
 from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, share
 from simpletuner.randomness import Randomness
@@ -106,43 +105,15 @@ class CachedDataset:
         Args:
             position: Where to go on; None: the beginning.
         """
-        ready: queue.Queue[tuple[Batch, Position] | BaseException] = queue.Queue(_PREFETCHED)
-        stop = threading.Event()
-        start = self.sampler.start(position)
-        thread = threading.Thread(target=self._produce, args=(start, ready, stop), name="batches", daemon=True)
-        thread.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            yield from ahead(pool, lambda item: (self._batch(item[0]), item[1]), self._draws(position), _PREFETCHED)
 
-    def _produce(
-        self,
-        position: Position,
-        ready: "queue.Queue[tuple[Batch, Position] | BaseException]",
-        stop: threading.Event,
-    ) -> None:
-        """Puts batches into the queue until it is told to stop; an error is passed on to the consumer."""
-        while not stop.is_set():
-            item: tuple[Batch, Position] | BaseException
-            try:
-                draw, position = self.sampler.next(position)
-                item = (self._batch(draw), position)
-            except BaseException as error:  # noqa: BLE001  (it is raised again where the batch is asked for)
-                item = error
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
+    def _draws(self, position: Position | None) -> Iterator[tuple[Draw, Position]]:
+        """Yields which images make each batch, and the position behind it."""
+        after = self.sampler.start(position)
+        while True:
+            draw, after = self.sampler.next(after)
+            yield draw, after
 
     def _batch(self, draw: Draw) -> Batch:
         """Returns this rank's share of a batch; one filler sample of weight 0 when there is nothing for it."""

@@ -77,8 +77,6 @@ def prepare(
     """Returns the manifests of the datasets with captions; rank 0 scans, the others read what it wrote."""
     ranks = ranks or Ranks()
     datasets = list(datasets)
-    if not any(dataset.probability > 0 for dataset in datasets):
-        raise UserError("probability: no dataset has one above 0, so nothing would be trained on")
     manifests = [scan(dataset, progress=progress) for dataset in datasets] if ranks.rank == 0 else []
     ranks.barrier()
     if ranks.rank > 0:
