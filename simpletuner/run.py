@@ -40,9 +40,21 @@ def train(config: Config) -> TrainState:
     _quieten_libraries()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
     lock = run_lock.hold(config.run.output_dir) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.wait_for_everyone()
+        state = _train(config, accelerator)
+        accelerator.wait_for_everyone()
+    finally:
+        if lock is not None:
+            lock.release()
+    accelerator.end_training()
+    return state
+
+
+def _train(config: Config, accelerator: Accelerator) -> TrainState:
+    """Does what ``train`` says, while this run alone has the output_dir."""
     plan = _plan(config, accelerator)
-    loaded = resume.find(plan, accelerator)
+    loaded, changes = resume.find(plan, accelerator)
     if loaded is not None and loaded.step >= plan.max_steps and result_step(plan) == loaded.step:
         _LOG.info(
             "this run is finished: step %d of %d is in %s\nto go on, raise max_train_steps; to start anew, choose "
@@ -50,6 +62,8 @@ def train(config: Config) -> TrainState:
             *(loaded.step, plan.max_steps, loaded.path),
         )
         return TrainState(plan.max_steps, loaded.step)
+    if loaded is not None:
+        _LOG.info("\n  - ".join([f"going on from {loaded.path}", *changes]))
     cache = _cache(plan, accelerator)
     # The files of a model from the hub are here by now, and only they say how the family treats empty prompts.
     plan = replace(plan, family=plan.family.for_model(plan.source))
@@ -58,10 +72,6 @@ def train(config: Config) -> TrainState:
     _trainer(plan, run, cache, state).train()
     if accelerator.is_main_process:
         _finish(plan, run, state)
-    accelerator.wait_for_everyone()
-    if lock is not None:
-        lock.release()
-    accelerator.end_training()
     return state
 
 

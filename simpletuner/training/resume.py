@@ -27,8 +27,8 @@ def save(plan: Plan, run: Run, state: TrainState) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def find(plan: Plan, accelerator: Accelerator) -> Loaded | None:
-    """Returns the checkpoint to go on from, or None to begin; says what has changed since.
+def find(plan: Plan, accelerator: Accelerator) -> tuple[Loaded | None, list[str]]:
+    """Returns the checkpoint to go on from (None: begin), and a notice for each thing that has changed since.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or the config differs where it must not.
@@ -41,16 +41,13 @@ def find(plan: Plan, accelerator: Accelerator) -> Loaded | None:
     accelerator.wait_for_everyone()
     path = checkpoint.find(run.output_dir, run.resume_from_checkpoint or "latest")
     if path is None:
-        return None
+        return None, []
     loaded = checkpoint.load(path)
     if accelerator.is_main_process:
         checkpoint.set_aside(run.output_dir, loaded.step)
     accelerator.wait_for_everyone()
-    notices = [*compare(loaded.state["config"], plan.config.flat(), resume_rules()), *_changed_data(plan, loaded)]
-    _LOG.info("going on from %s", path)
-    for notice in notices:
-        _LOG.info("  - %s", notice)
-    return loaded
+    changed = compare(loaded.state["config"], plan.config.flat(), resume_rules())
+    return loaded, [*changed, *_changed_data(plan, loaded)]
 
 
 def _datasets(plan: Plan) -> dict[str, Any]:  # Any: JSON

@@ -74,7 +74,8 @@ class Trainer:
         self._write_rows = write_rows
         self._randomness = Randomness(settings.seed)
         self._metrics = MetricsBuffer()
-        self._flushed_at = (time.perf_counter(), state.samples)
+        self._since = time.perf_counter()
+        self._samples_then = state.samples
 
     def train(self) -> TrainState:
         """Returns the state after the last step of this process."""
@@ -82,7 +83,7 @@ class Trainer:
         for hook in self.hooks:
             hook.on_start(state)
         batches = self.run.dataset.batches(state.position)
-        self._flushed_at = (time.perf_counter(), state.samples)
+        self._since = time.perf_counter()
         with StopRequest() as stop:
             while not state.finished and state.stopped_by is None:
                 self._optimizer_step(batches)
@@ -90,11 +91,13 @@ class Trainer:
                 saves = state.finished or state.stopped_by is not None
                 saves = saves or _is_due(state.step, self.settings.checkpoint_step_interval)
                 row = self._flush() if saves or _is_due(state.step, self.settings.logging_steps) else None
+                paused = time.perf_counter()
                 if saves:
                     self._save_checkpoint(state)
                 if state.stopped_by is None:
                     for hook in self.hooks:
                         hook.on_step(state, row)
+                self._since += time.perf_counter() - paused
         for hook in self.hooks:
             hook.on_end(state)
         return state
@@ -168,10 +171,11 @@ class Trainer:
         Raises:
             UserError: The loss is not finite any more, so that going on (or saving) would be worthless.
         """
+        waiting = self._metrics.flush(self.run.sum_over_ranks)
         now, samples = time.perf_counter(), self.state.samples
-        rate = (samples - self._flushed_at[1]) / (now - self._flushed_at[0])
-        self._flushed_at = (now, samples)
-        rows = [{**row, "samples_per_second": rate} for row in self._metrics.flush(self.run.sum_over_ranks)]
+        rate = (samples - self._samples_then) / (now - self._since)
+        self._since, self._samples_then = now, samples
+        rows = [{**row, "samples_per_second": rate} for row in waiting]
         self._write_rows(rows)
         for row in rows:
             if not all(math.isfinite(value) for name, value in row.items() if name.endswith("loss")):
