@@ -66,6 +66,14 @@ def text_key(caption: str) -> str:
     return digest(caption)
 
 
+def prompt_key(prompt: str) -> str:
+    """Returns the key of a prompt's features, which are encoded alone, as a pipeline does.
+
+    In a batch they would differ in the last bits, so a caption of the same words has a key of its own.
+    """
+    return digest("prompt", prompt)
+
+
 def latent_key(content: str, cut: Sequence[int], target: Size) -> str:
     """Returns the key of an image's latents: what is in the file, and what is done to it.
 

@@ -28,7 +28,7 @@ from simpletuner.data.buckets import Bucket, assign
 from simpletuner.data.cache import Index, Reader, Store, digest, remove_stale
 from simpletuner.data.captions import read_captions
 from simpletuner.data.geometry import Size, geometry
-from simpletuner.data.identity import Encoding, KeyedBucket, Ranks, ahead, identify, keyed_buckets, text_key
+from simpletuner.data.identity import Encoding, KeyedBucket, Ranks, ahead, identify, keyed_buckets, prompt_key, text_key
 from simpletuner.data.manifest import Manifest, Progress, scan
 from simpletuner.data.transforms import BadImage, open_rgb, to_pixels
 
@@ -50,8 +50,8 @@ class Cache:
     text_reader: Reader = field(repr=False)
 
     def prompt(self, text: str) -> Cond:
-        """Returns the features [1, ...] of a caption or prompt that was encoded. Raises KeyError for another."""
-        row = self.text_reader.row(*self.text.rows[text_key(text)])
+        """Returns the features [1, ...] of a prompt that was encoded. Raises KeyError for another."""
+        row = self.text_reader.row(*self.text.rows[prompt_key(text)])
         return {name: value.unsqueeze(0) for name, value in row.items()}
 
 
@@ -113,14 +113,13 @@ def precompute(
     text_store = encoding.text_store(text_cache)
     for store in (*stores, text_store):
         remove_stale(store.folder)
-    texts = {text_key(text): text for text in _texts(manifests, prompts)}
+    texts = _texts(manifests, prompts)
     plan = zip(stores, manifests, buckets, strict=True)
     shards = [shard for store, manifest, kept in plan for shard in _missing_latents(store, manifest, kept)]
     # Datasets that share a folder may share images too.
     shards = list({(shard.store.folder, digest(*shard.keys)): shard for shard in shards}.values())
     missing = text_store.index().missing(texts)
-    # Prompts are encoded one by one, as a pipeline does: in a batch they would differ in the last bits.
-    alone = {text_key(text) for text in ("", *prompts)}
+    alone = {prompt_key(text) for text in ("", *prompts)}
     chunks = [[key] for key in missing if key in alone]
     chunks += _chunks([key for key in missing if key not in alone], text_cache.write_batch_size)
     ranks.barrier()  # all have planned from the same state; only now may it change
@@ -165,9 +164,9 @@ def outstanding(
         folder = manifest.dataset.cache_dir_vae
         found.append(Outstanding("latents", manifest.dataset.id, folder, total, missing, total_bytes, missing_bytes))
     index = encoding.text_store(text_cache).index() if encoders_here else Index()
-    keys = [text_key(text) for text in _texts(manifests, prompts)]
-    missing, size_bytes = len(index.missing(keys)), cond_numbers * encoding.text_dtype.itemsize
-    total = len(set(keys))
+    texts = _texts(manifests, prompts)
+    missing, size_bytes = len(index.missing(texts)), cond_numbers * encoding.text_dtype.itemsize
+    total = len(texts)
     folder, total_bytes = text_cache.cache_dir, total * size_bytes
     found.append(Outstanding("captions", text_cache.id, folder, total, missing, total_bytes, missing * size_bytes))
     return found
@@ -183,13 +182,12 @@ def _missing_by_bucket(manifest: Manifest, index: Index) -> list[tuple[Bucket, i
     ]
 
 
-def _texts(manifests: Iterable[Manifest], prompts: Iterable[str]) -> Iterator[str]:
-    """Yields the empty prompt, the extra ones, and all captions in order."""
-    yield ""
-    yield from prompts
+def _texts(manifests: Iterable[Manifest], prompts: Iterable[str]) -> dict[str, str]:
+    """Returns key -> text of the empty prompt, the extra ones, and all captions, in order."""
+    texts = {prompt_key(text): text for text in ("", *prompts)}
     for manifest in manifests:
-        for captions in manifest.captions:
-            yield from captions
+        texts |= {text_key(caption): caption for captions in manifest.captions for caption in captions}
+    return texts
 
 
 def _chunks(keys: Sequence[str], size: int) -> list[Sequence[str]]:

@@ -301,6 +301,21 @@ def test_equal_captions_and_images_are_encoded_once(tmp_path: Path):
     assert CachedDataset(cache, family.uncond, 0).sampler.datasets[0].num_samples == 4
 
 
+def test_a_prompt_is_encoded_alone_even_when_a_caption_has_its_words(root: Path):
+    batches: list[list[str]] = []
+
+    class Listening(CountingFamily):
+        def encode_prompt(self, encoders: str, prompts: list[str]):
+            batches.append(prompts)
+            return super().encode_prompt(encoders, prompts)
+
+    (root / "images" / "a.txt").write_text("the words")
+    encoding = Encoding(Listening(), "source")
+    precompute(prepare([dataset(root)]), text_cache(root), encoding, ["the words"])
+    assert batches[:2] == [[""], ["the words"]]
+    assert sum("the words" in batch for batch in batches) == 2
+
+
 def test_extra_prompts_are_encoded_beside_the_captions(root: Path):
     family = CountingFamily()
     prompts = ["a prompt", "blurry", "a prompt"]
