@@ -20,7 +20,7 @@ from simpletuner.hooks.progress import ProgressHook
 from simpletuner.hooks.validation import make_validation
 from simpletuner.plan import Plan, make_plan
 from simpletuner.plan_view import plan_text
-from simpletuner.publishing.result import result_step, write_result
+from simpletuner.publishing.result import disown, result_files, result_step, write_result
 from simpletuner.training import metrics, resume, run_lock, snapshot
 from simpletuner.training.build import Run, build, make_accelerator
 from simpletuner.training.lr_schedulers import learning_rate
@@ -54,7 +54,7 @@ def train(config: Config) -> TrainState:
 def _train(config: Config, accelerator: Accelerator) -> TrainState:
     """Does what ``train`` says, while this run alone has the output_dir."""
     plan = _plan(config, accelerator)
-    loaded, changes = resume.find(plan, accelerator)
+    loaded, changes = resume.find(plan, accelerator, result_files(plan))
     if loaded is not None and loaded.step >= plan.max_steps and result_step(plan) == loaded.step:
         _LOG.info(
             "this run is finished: step %d of %d is in %s\nto go on, raise max_train_steps; to start anew, choose "
@@ -69,6 +69,8 @@ def _train(config: Config, accelerator: Accelerator) -> TrainState:
     plan = replace(plan, family=plan.family.for_model(plan.source))
     run = build(plan, accelerator, cache, _dataset(plan, cache, accelerator))
     state = TrainState(plan.max_steps) if loaded is None else snapshot.restore(run, loaded, plan.max_steps)
+    if accelerator.is_main_process:
+        disown(plan, state.step)
     _trainer(plan, run, cache, state).train()
     if accelerator.is_main_process:
         _finish(plan, run, state)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from simpletuner.atomic import files_into
@@ -22,6 +23,26 @@ def result_step(plan: Plan) -> int | None:
     """Returns the step whose weights are in output_dir, or None when no run has finished there."""
     path = plan.config.run.output_dir / CONFIG
     return json.loads(path.read_text(encoding="utf8")).get("step") if path.is_file() else None
+
+
+def result_files(plan: Plan) -> list[Path]:
+    """Returns the files and folders of a result that are in output_dir, a model's ``config.json`` left out.
+
+    A config.json there may as well be the one that the user wrote.
+    """
+    folder = plan.config.run.output_dir
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    return [path for path in (folder / CARD, folder / CONFIG, folder / "scheduler", *weights) if path.exists()]
+
+
+def disown(plan: Plan, step: int) -> None:
+    """Takes the mark of a finished run off a result that was made after ``step``: it is of a course that was left.
+
+    Else a run that dies between its last checkpoint and its result would later find that one and call itself finished.
+    """
+    if (result_step(plan) or 0) > step:
+        path = plan.config.run.output_dir / CONFIG
+        path.rename(path.with_name(f"abandoned-{CONFIG}"))
 
 
 def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:

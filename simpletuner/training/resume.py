@@ -1,6 +1,9 @@
 """Where a run goes on: finds, checks and writes its checkpoints."""
 
+import itertools
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -21,14 +24,20 @@ def save(plan: Plan, run: Run, state: TrainState) -> None:
     if run.accelerator.is_main_process:
         tensors, values = snapshot.take(run, state)
         config = plan.config
-        document = {**values, "config": config.flat(), "datasets": _datasets(plan), **checkpoint.provenance()}
+        data = {"datasets": _datasets(plan), "processes": plan.world}
+        document = {**values, "config": config.flat(), **data, **checkpoint.provenance()}
         keep = config.run.checkpoints_total_limit or None
         checkpoint.save(config.run.output_dir, state.step, tensors, document, keep)
     run.accelerator.wait_for_everyone()
 
 
-def find(plan: Plan, accelerator: Accelerator) -> tuple[Loaded | None, list[str]]:
+def find(plan: Plan, accelerator: Accelerator, result: Iterable[Path]) -> tuple[Loaded | None, list[str]]:
     """Returns the checkpoint to go on from (None: begin), and a notice for each thing that has changed since.
+
+    Args:
+        plan: Of this run.
+        accelerator: Of this process.
+        result: The files of a finished run in output_dir, which ``resume_from_checkpoint: none`` sets aside too.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or the config differs where it must not.
@@ -37,16 +46,16 @@ def find(plan: Plan, accelerator: Accelerator) -> tuple[Loaded | None, list[str]
     if accelerator.is_main_process:
         checkpoint.clean(run.output_dir)
         if run.resume_from_checkpoint is None:
-            _set_aside(plan)
+            _set_aside(plan, result)
     accelerator.wait_for_everyone()
     path = checkpoint.find(run.output_dir, run.resume_from_checkpoint or "latest")
     if path is None:
         return None, []
     loaded = checkpoint.load(path)
+    changed = compare(loaded.state["config"], plan.config.flat(), resume_rules())
     if accelerator.is_main_process:
         checkpoint.set_aside(run.output_dir, loaded.step)
     accelerator.wait_for_everyone()
-    changed = compare(loaded.state["config"], plan.config.flat(), resume_rules())
     return loaded, [*changed, *_changed_data(plan, loaded)]
 
 
@@ -56,9 +65,11 @@ def _datasets(plan: Plan) -> dict[str, Any]:  # Any: JSON
 
 
 def _changed_data(plan: Plan, loaded: Loaded) -> list[str]:
-    """Returns a notice for each dataset that is not what it was: its epoch goes on in another order then."""
+    """Returns a notice for each thing that makes the epoch go on in another order."""
     before, now = loaded.state["datasets"], _datasets(plan)
-    return [
+    processes = loaded.state["processes"]
+    batches = f"{processes} processes until the checkpoint, {plan.world} from here on: the order of the epoch changes"
+    return [batches] * (processes != plan.world) + [
         f"dataset '{name}': {before.get(name, {}).get('images', 'no')} images until the checkpoint, "
         f"{now.get(name, {}).get('images', 'no')} from here on: the order of the epoch changes"
         for name in sorted(before.keys() | now.keys())
@@ -66,15 +77,14 @@ def _changed_data(plan: Plan, loaded: Loaded) -> list[str]:
     ]
 
 
-def _set_aside(plan: Plan) -> None:
+def _set_aside(plan: Plan, result: Iterable[Path]) -> None:
     """Moves what an earlier run left in output_dir into ``previous-<n>``, so that nothing of two runs is mixed."""
     root = plan.config.run.output_dir
-    left = [*root.glob("checkpoint-*"), *(root / name for name in ("validation", "metrics.jsonl"))]
+    left = [*root.glob("checkpoint-*"), *(root / name for name in ("validation", "metrics.jsonl")), *result]
     left = [path for path in left if path.exists()]
     if not left:
         return
-    number = 1 + max((int(p.name.removeprefix("previous-")) for p in root.glob("previous-*")), default=0)
-    target = root / f"previous-{number}"
+    target = next(path for number in itertools.count(1) if not (path := root / f"previous-{number}").exists())
     target.mkdir()
     for path in left:
         path.rename(target / path.name)

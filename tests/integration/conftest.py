@@ -1,7 +1,6 @@
 """A run in a temporary folder: two JSON files around the tiny model, written and trained in one call each."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,11 +80,8 @@ class Project:
         rows = metrics.read(self.output / metrics.FILE_NAME)
         return [{key: value for key, value in row.items() if key != TIMING} for row in rows]
 
-    def sibling(self, name: str, copy: bool = False) -> "Project":
-        """Returns the same project under another name, with a copy of what this one has written if asked."""
-        folder = self.folder.with_name(name)
-        if copy:
-            shutil.copytree(self.folder, folder)
+    def at(self, folder: Path) -> "Project":
+        """Returns the same project in another folder, where nothing is written yet."""
         return Project(folder, self.settings | {"output_dir": str(folder / "output")}, self.datasets)
 
     def use_pictures(self, pictures: Path, cache: Path) -> "Project":
@@ -115,6 +111,6 @@ def project(tmp_path: Path, tiny_model: Path, pictures: Path, shared_cache: Path
 
 @pytest.fixture(scope="session")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns nine pictures in buckets of 5, 3 and 1; read-only by agreement."""
+    """Returns eight pictures in buckets of 5, 2 and 1: five batches of two an epoch; read-only by agreement."""
     square, wide, tall = (96, 96), (128, 80), (80, 128)
-    return image_folder(tmp_path_factory.mktemp("uneven"), 9, [square] * 5 + [wide] * 3 + [tall])
+    return image_folder(tmp_path_factory.mktemp("uneven"), 8, [square] * 5 + [wide] * 2 + [tall])
