@@ -10,8 +10,8 @@ FOLDER = Path("output/quickstart")
 
 def prepare() -> Path:
     """Draws the pictures and makes the model where they are missing; returns the path of the example's config."""
+    from simpletuner.quickstart.drawing import draw
     from simpletuner.quickstart.model import write_model
-    from simpletuner.quickstart.scenes import draw
 
     draw(FOLDER / "scenes")
     write_model(FOLDER / "model")

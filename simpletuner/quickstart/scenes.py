@@ -1,140 +1,180 @@
-"""Draws the quickstart's data set: captioned pictures of coloured shapes, a pure function of (seed, index).
+"""The quickstart's data set: captioned pictures of coloured shapes, a pure function of (seed, index).
 
-So a larger count only adds pictures, and what a picture shows can be checked against what its caption says.
+So a larger count only adds pictures, and what a picture shows can be checked against what its caption says. One in
+seven combinations of colour and shape occurs in no training picture: what a model makes of those it has not copied.
 """
 
-import json
-import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from typing import Literal
 
-from PIL import Image, ImageDraw
+from simpletuner.quickstart.palette import is_clear
+from simpletuner.quickstart.shapes import Box, box
+from simpletuner.quickstart.vocabulary import COLORS, COLUMNS, RELATIONS, ROWS, SHAPES, SIZES, TEXTURES
 
-from simpletuner.atomic import new_folder
-from simpletuner.config.errors import UserError
-from simpletuner.quickstart.vocabulary import COLORS, COLUMNS, ROWS, SHAPES, SIZES
+Split = Literal["train", "unseen"]
+"""Which combinations of colour and shape a scene is made of."""
 
-PICTURE_SIZES = ((80, 80), (96, 64), (64, 96), (96, 72), (72, 96), (104, 64), (64, 104))
-"""(width, height) in pixels; each is as frequent as the others."""
-_VERSION = 1
-_MARKER = ".scenes.json"
-_OVERSAMPLING = 4
-_PLACES = {name: (index + 0.5) / 3 for names in (ROWS, COLUMNS) for index, name in enumerate(names)}
+PICTURE_SIZES = ((64, 64), (80, 64), (64, 80), (96, 64), (64, 96))
+"""(width, height) in pixels; each is as frequent as the others. Targets of ``resolution`` 64, ``pixel``, as they are,
+with an alignment of 8 or 16; multiples of 16, so that a UNet can halve the latents once."""
+_MARGIN_PX = 2.0
+_GAP_PX = 6.0
+"""Between two objects: less than a latent, and they run into each other."""
+_OFF_CENTER = 0.075
+"""Part of an edge from the picture's middle to where an object begins to count as left or right, top or bottom."""
+
+
+@dataclass(frozen=True)
+class Background:
+    """What lies behind the objects."""
+
+    color: str
+    texture: str
+    direction: int = 0
+    """Where the second tone lies: right, below, left, above; stripes and checks begin with the first or the second."""
+
+    @property
+    def caption(self) -> str:
+        """Such as ``a striped blue background``."""
+        words = [self.color] if self.texture == "plain" else [self.texture, self.color]
+        return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)} background"
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a picture, in the words of its caption."""
+    """One object of a picture; (x, y) is the middle of its box in pixels."""
 
     size: str
     color: str
     shape: str
-    row: str
-    column: str
+    x: float
+    y: float
+    diameter_px: float
+    """Of the circle that is as large."""
 
     @property
     def caption(self) -> str:
-        """What and where, such as ``a small red star at the top left``."""
-        place = "center" if (self.row, self.column) == ("middle", "center") else f"{self.row} {self.column}"
-        return f"a {self.size} {self.color} {self.shape} at the {place}"
+        """Such as ``a small red star``."""
+        return f"a {self.size} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """What a picture shows: one object and where, or two and how the first lies to the second."""
 
     width: int
     height: int
-    background: str
+    background: Background
     things: tuple[Thing, ...]
 
     @property
     def caption(self) -> str:
-        """The caption, such as ``a small red star at the top left on a blue background``."""
-        article = "an" if self.background[0] in "aeiou" else "a"
-        return f"{' and '.join(thing.caption for thing in self.things)} on {article} {self.background} background"
+        """Such as ``a small red star left of a large blue ring on a yellow background``."""
+        first = self.things[0]
+        if len(self.things) == 2:
+            what = f"{first.caption} {self.relation} {self.things[1].caption}"
+        else:
+            what = f"{first.caption} at the {place(first.x / self.width, first.y / self.height)}"
+        return f"{what} on {self.background.caption}"
+
+    @property
+    def relation(self) -> str:
+        """How the first of two objects lies to the second."""
+        first, second = self.things
+        return relation(first.x - second.x, first.y - second.y)
 
 
-def draw(folder: Path, count: int = 300, seed: int = 0) -> Path:
-    """Draws pictures 000.png, ... with captions 000.txt into a folder, once, and returns the folder.
-
-    The folder appears whole or not at all.
-
-    Raises:
-        UserError: The folder holds something else.
-    """
-    marker = json.dumps({"version": _VERSION, "count": count, "seed": seed})
-    if folder.is_dir() and any(folder.iterdir()):
-        found = folder / _MARKER
-        if found.is_file() and found.read_text(encoding="utf8") == marker:
-            return folder
-        raise UserError(f"'{folder}' holds other files than the quickstart's pictures: move or delete it")
-    with new_folder(folder) as made:
-        for index in range(count):
-            scene = make_scene(seed, index)
-            render(scene).save(made / f"{index:03}.png")
-            (made / f"{index:03}.txt").write_text(f"{scene.caption}\n", encoding="utf8")
-        (made / _MARKER).write_text(marker, encoding="utf8")
-    return folder
+def place(x: float, y: float) -> str:
+    """Returns the words for a point of the picture, both in parts of an edge: ``top left``, ``center``."""
+    row, column = (
+        names[(at > 0.5 - _OFF_CENTER) + (at > 0.5 + _OFF_CENTER)] for at, names in ((y, ROWS), (x, COLUMNS))
+    )
+    return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
 
 
-def make_scene(seed: int, index: int) -> Scene:
-    """Returns what the picture of an index shows; every third picture has two objects side by side."""
-    dice = random.Random(f"{seed}/{index}")
+def relation(dx: float, dy: float) -> str:
+    """Returns how something lies to what it is (dx, dy) away from, in pixels."""
+    horizontal, vertical = RELATIONS[:2], RELATIONS[2:]
+    return horizontal[dx > 0] if abs(dx) > abs(dy) else vertical[dy > 0]
+
+
+@lru_cache(maxsize=2)
+def combinations(split: Split) -> tuple[tuple[str, str], ...]:
+    """Returns the (color, shape) of which a split's objects are; "unseen" has one shape of each colour."""
+    unseen = {(color, SHAPES[(3 * index + 1) % len(SHAPES)]) for index, color in enumerate(COLORS)}
+    every = [(color, shape) for color in COLORS for shape in SHAPES]
+    return tuple(each for each in every if (each in unseen) == (split == "unseen"))
+
+
+def make_scene(seed: int, index: int, split: Split = "train") -> Scene:
+    """Returns what the picture of an index shows; about every third picture has two objects."""
+    return _make(random.Random(f"picture/{split}/{seed}/{index}"), index, split)
+
+
+def make_prompt(seed: int, index: int, split: Split = "train") -> Scene:
+    """Returns a scene whose caption is to be drawn by a model; independent of all pictures, of the same kinds."""
+    return _make(random.Random(f"prompt/{split}/{seed}/{index}"), index, split)
+
+
+def _make(dice: random.Random, index: int, split: Split) -> Scene:
     width, height = PICTURE_SIZES[index % len(PICTURE_SIZES)]
-    background, *colors = dice.sample(list(COLORS), 3)
+    color = dice.choice(list(COLORS))
+    texture = dice.choices(TEXTURES, weights=(2, 1, 1, 1))[0]
+    background = Background(color, texture, dice.randrange(4))
     if dice.random() < 1 / 3:
-        rows = dice.choices(ROWS, k=2)
-        beside, above = [(rows[0], "left"), (rows[1], "right")], [("top", "center"), ("bottom", "center")]
-        places, sizes = beside if width >= height else above, ["small", "small"]
+        things = _pair(dice, width, height, color, split)
     else:
-        places, sizes = [(dice.choice(ROWS), dice.choice(COLUMNS))], [dice.choice(list(SIZES))]
-    things = [
-        Thing(size, color, dice.choice(SHAPES), row, column)
-        for size, color, (row, column) in zip(sizes, colors, places, strict=False)
-    ]
-    return Scene(width, height, background, tuple(things))
+        things = (_single(dice, width, height, color, split),)
+    return Scene(width, height, background, things)
 
 
-def render(scene: Scene) -> Image.Image:
-    """Returns the RGB picture of a scene, drawn larger and scaled down so that edges are smooth."""
-    large = Image.new("RGB", (scene.width * _OVERSAMPLING, scene.height * _OVERSAMPLING), COLORS[scene.background])
-    pen = ImageDraw.Draw(large)
-    for thing in scene.things:
-        _draw_thing(pen, thing, COLORS[scene.background], *large.size)
-    return large.resize((scene.width, scene.height), Image.Resampling.LANCZOS)
+def _single(dice: random.Random, width: int, height: int, background: str, split: Split) -> Thing:
+    """Returns an object in one of nine places, clearly in it and whole."""
+    color, shape = dice.choice([each for each in combinations(split) if is_clear(each[0], background)])
+    size, diameter, (left, top, right, bottom) = _sized(dice, shape, dice.choice(list(SIZES)))
+    x = _at(dice, dice.randrange(-1, 2), width, -left, right)
+    y = _at(dice, dice.randrange(-1, 2), height, -top, bottom)
+    return Thing(size, color, shape, x, y, diameter)
 
 
-def _draw_thing(
-    pen: ImageDraw.ImageDraw, thing: Thing, background: tuple[int, int, int], width: int, height: int
-) -> None:
-    """Draws a thing as near to its place as it fits into the picture whole."""
-    radius = SIZES[thing.size] * min(width, height) / 2
-    x = min(max(_PLACES[thing.column] * width, radius), width - radius)
-    y = min(max(_PLACES[thing.row] * height, radius), height - radius)
-    color = COLORS[thing.color]
-    if thing.shape in ("circle", "ring"):
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-        if thing.shape == "ring":
-            hole = 0.55 * radius
-            pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=background)
-        return
-    pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _CORNERS[thing.shape]], fill=color)
+def _at(dice: random.Random, side: int, edge_px: int, before: float, after: float) -> float:
+    """Returns a coordinate on a side (-1, 0, 1) of the middle; an object that is too large for it touches the margin."""
+    if side == 0:
+        return edge_px * (0.5 + dice.uniform(-0.02, 0.02))
+    near = edge_px * (0.5 + side * (_OFF_CENTER + 0.055))
+    far = before + _MARGIN_PX if side < 0 else edge_px - after - _MARGIN_PX
+    return far if (near - far) * side > 0 else dice.uniform(min(near, far), max(near, far))
 
 
-def _star() -> list[tuple[float, float]]:
-    """Returns the ten corners of a five-pointed star in the unit circle, the first at the top."""
-    angles = (math.pi * corner / 5 for corner in range(10))
-    return [
-        (length * math.sin(angle), -length * math.cos(angle))
-        for angle, length in zip(angles, (1.0, 0.42) * 5, strict=True)
-    ]
+def _pair(dice: random.Random, width: int, height: int, background: str, split: Split) -> tuple[Thing, Thing]:
+    """Returns two objects of different colours side by side along the longer edge, named in either order."""
+    choices = [each for each in combinations(split) if is_clear(each[0], background)]
+    color, shape = dice.choice(choices)
+    kinds = (color, shape), dice.choice([each for each in choices if each[0] != color])
+    horizontal = width > height or (width == height and dice.random() < 0.5)
+    length, breadth = (width, height) if horizontal else (height, width)
+    while True:
+        sized = [_sized(dice, shape, dice.choice(list(SIZES))) for _, shape in kinds]
+        spans = [(b[0], b[2]) if horizontal else (b[1], b[3]) for _, _, b in sized]
+        slack = length - 2 * _MARGIN_PX - _GAP_PX - sum(end - start for start, end in spans)
+        if slack >= 0:
+            break
+    cuts = sorted(dice.uniform(0, slack) for _ in range(2))
+    first = _MARGIN_PX + cuts[0] - spans[0][0]
+    second = length - _MARGIN_PX - (slack - cuts[1]) - spans[1][1]
+    things: list[Thing] = []
+    for along, (color, shape), (size, diameter, _) in zip((first, second), kinds, sized, strict=True):
+        across = breadth / 2 + dice.uniform(-5, 5)
+        x, y = (along, across) if horizontal else (across, along)
+        things.append(Thing(size, color, shape, x, y, diameter))
+    dice.shuffle(things)
+    return things[0], things[1]
 
 
-_CORNERS: dict[str, list[tuple[float, float]]] = {
-    "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
-    "triangle": [(0.0, -1.0), (0.95, 0.8), (-0.95, 0.8)],
-    "diamond": [(0.0, -1.0), (0.72, 0.0), (0.0, 1.0), (-0.72, 0.0)],
-    "star": _star(),
-}
+def _sized(dice: random.Random, shape: str, size: str) -> tuple[str, float, Box]:
+    """Returns the size, a diameter near it, and the box in pixels around its middle."""
+    diameter = SIZES[size] * dice.uniform(0.96, 1.04)
+    left, top, right, bottom = (diameter * edge for edge in box(shape))
+    return size, diameter, (left, top, right, bottom)

@@ -7,23 +7,27 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (208, 44, 44),
-    "orange": (236, 138, 34),
-    "yellow": (240, 208, 52),
-    "green": (52, 152, 74),
-    "blue": (46, 92, 200),
-    "purple": (130, 62, 168),
-    "black": (28, 28, 32),
-    "white": (244, 244, 240),
+    "red": (214, 40, 40),
+    "orange": (240, 126, 28),
+    "yellow": (250, 216, 60),
+    "green": (44, 150, 72),
+    "blue": (40, 88, 204),
+    "purple": (140, 60, 176),
+    "black": (26, 26, 30),
+    "white": (246, 246, 242),
 }
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring")
-SIZES: dict[str, float] = {"small": 0.30, "medium": 0.45, "large": 0.62}
-"""Width of the object as a part of the picture's shorter edge."""
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart")
+SIZES: dict[str, float] = {"small": 21.0, "medium": 28.0, "large": 36.0}
+"""Diameter of a circle in pixels; the other shapes are about as heavy."""
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
+RELATIONS = ("left of", "right of", "above", "below")
+TEXTURES = ("plain", "graded", "striped", "checked")
+"""Of backgrounds. Captions name all but the first."""
 _GLUE = ("a", "an", "and", "at", "background", "in", "of", "on", "photo", "picture", "the", "with")
+_RELATION_WORDS = " ".join(RELATIONS).split()
 
-WORDS = tuple(sorted({*COLORS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *_GLUE}))
+WORDS = tuple(sorted({*COLORS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *_RELATION_WORDS, *TEXTURES, *_GLUE}))
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
