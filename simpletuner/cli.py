@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.config.errors import UserError
+from simpletuner.config.errors import SaidElsewhere, UserError
 from simpletuner.config.load import default_config_path, load
 from simpletuner.config.schema import Config
 
@@ -112,6 +112,8 @@ def main() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         app()
+    except SaidElsewhere:
+        sys.exit(2)
     except UserError as error:
         if rank == 0:  # the other ranks make the same mistake
             print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)

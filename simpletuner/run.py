@@ -1,6 +1,7 @@
 """The whole way of a run: scan, plan, cache, build, train, publish; each arrow is one call."""
 
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +24,9 @@ from simpletuner.plan_view import plan_text
 from simpletuner.publishing.result import disown, result_files, result_step, write_result
 from simpletuner.training import metrics, resume, run_lock, snapshot
 from simpletuner.training.build import Run, build, make_accelerator
+from simpletuner.training.checkpoint import Loaded
 from simpletuner.training.lr_schedulers import learning_rate
+from simpletuner.training.meeting import Meeting
 from simpletuner.training.state import TrainState
 from simpletuner.training.trainer import Hook, LoopSettings, Trainer
 
@@ -39,32 +42,37 @@ def train(config: Config) -> TrainState:
     accelerator = make_accelerator()
     _quieten_libraries()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
-    lock = run_lock.hold(config.run.output_dir) if accelerator.is_main_process else None
-    try:
+    with ExitStack() as leaving:
+        with Meeting(accelerator).leaving_together():
+            if accelerator.is_main_process:
+                leaving.callback(run_lock.hold(config.run.output_dir).release)
+            plan, loaded, cache = _prepare(config, accelerator)
+        state = TrainState(plan.max_steps, loaded.step if loaded else 0)
+        if cache is not None:
+            state = _train(plan, loaded, cache, accelerator)
         accelerator.wait_for_everyone()
-        state = _train(config, accelerator)
-        accelerator.wait_for_everyone()
-    finally:
-        if lock is not None:
-            lock.release()
     accelerator.end_training()
     return state
 
 
-def _train(config: Config, accelerator: Accelerator) -> TrainState:
-    """Does what ``train`` says, while this run alone has the output_dir."""
+def _prepare(config: Config, accelerator: Accelerator) -> tuple[Plan, Loaded | None, Cache | None]:
+    """Returns the plan, the checkpoint to go on from, and the filled caches: None when there is nothing left to do."""
     plan = _plan(config, accelerator)
-    loaded, changes = resume.find(plan, accelerator, result_files(plan))
+    loaded, changes = resume.find(plan, _ranks(accelerator), result_files(plan))
     if loaded is not None and loaded.step >= plan.max_steps and result_step(plan) == loaded.step:
         _LOG.info(
             "this run is finished: step %d of %d is in %s\nto go on, raise max_train_steps; to start anew, choose "
             "another output_dir or set resume_from_checkpoint to none",
             *(loaded.step, plan.max_steps, loaded.path),
         )
-        return TrainState(plan.max_steps, loaded.step)
+        return plan, loaded, None
     if loaded is not None:
         _LOG.info("\n  - ".join([f"going on from {loaded.path}", *changes]))
-    cache = _cache(plan, accelerator)
+    return plan, loaded, _cache(plan, accelerator)
+
+
+def _train(plan: Plan, loaded: Loaded | None, cache: Cache, accelerator: Accelerator) -> TrainState:
+    """Builds the networks, trains them, and writes the result."""
     # The files of a model from the hub are here by now, and only they say how the family treats empty prompts.
     plan = replace(plan, family=plan.family.for_model(plan.source))
     run = build(plan, accelerator, cache, _dataset(plan, cache, accelerator))
@@ -80,7 +88,8 @@ def _train(config: Config, accelerator: Accelerator) -> TrainState:
 def fill_cache(config: Config) -> Cache:
     """Scans the datasets of a config and fills its caches; returns them."""
     accelerator = make_accelerator()
-    return _cache(_plan(config, accelerator), accelerator)
+    with Meeting(accelerator).leaving_together():
+        return _cache(_plan(config, accelerator), accelerator)
 
 
 def _quieten_libraries() -> None:
@@ -124,7 +133,7 @@ def _dataset(plan: Plan, cache: Cache, accelerator: Accelerator) -> CachedDatase
 
 
 def _ranks(accelerator: Accelerator) -> Ranks:
-    return Ranks(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    return Ranks(accelerator.process_index, accelerator.num_processes, Meeting(accelerator).wait)
 
 
 def _caching_progress(accelerator: Accelerator) -> CachingProgress | None:

@@ -15,6 +15,10 @@ class UserError(Exception):
         super().__init__("\n".join(self.lines))
 
 
+class SaidElsewhere(Exception):
+    """Another process of the run has found a mistake and says it; this one ends without a word."""
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Returns ``" - did you mean 'x'?"`` for the known word nearest to a misspelt one, or an empty string."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

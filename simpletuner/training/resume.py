@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from simpletuner.config.schema import resume_rules
+from simpletuner.data.identity import Ranks
 from simpletuner.plan import Plan
 from simpletuner.training import checkpoint, snapshot
 from simpletuner.training.build import Run
@@ -31,31 +30,31 @@ def save(plan: Plan, run: Run, state: TrainState) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def find(plan: Plan, accelerator: Accelerator, result: Iterable[Path]) -> tuple[Loaded | None, list[str]]:
+def find(plan: Plan, ranks: Ranks, result: Iterable[Path]) -> tuple[Loaded | None, list[str]]:
     """Returns the checkpoint to go on from (None: begin), and a notice for each thing that has changed since.
 
     Args:
         plan: Of this run.
-        accelerator: Of this process.
+        ranks: Which of the processes this one is.
         result: The files of a finished run in output_dir, which ``resume_from_checkpoint: none`` sets aside too.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or the config differs where it must not.
     """
     run = plan.config.run
-    if accelerator.is_main_process:
+    if ranks.rank == 0:
         checkpoint.clean(run.output_dir)
         if run.resume_from_checkpoint is None:
             _set_aside(plan, result)
-    accelerator.wait_for_everyone()
+    ranks.barrier()
     path = checkpoint.find(run.output_dir, run.resume_from_checkpoint or "latest")
     if path is None:
         return None, []
     loaded = checkpoint.load(path)
     changed = compare(loaded.state["config"], plan.config.flat(), resume_rules())
-    if accelerator.is_main_process:
+    if ranks.rank == 0:
         checkpoint.set_aside(run.output_dir, loaded.step)
-    accelerator.wait_for_everyone()
+    ranks.barrier()
     return loaded, [*changed, *_changed_data(plan, loaded)]
 
 

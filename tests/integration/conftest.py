@@ -1,6 +1,9 @@
 """A run in a temporary folder: two JSON files around the tiny model, written and trained in one call each."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +77,13 @@ class Project:
     def train(self, **changes: Any) -> TrainState:
         """Runs the config with changes, in this process."""
         return train(load(self.write(**changes)))
+
+    def launch(self, num_processes: int = 1, **changes: Any) -> subprocess.CompletedProcess[str]:
+        """Runs the config with changes in processes of its own, as train.sh starts them."""
+        more = {"TRAINING_NUM_PROCESSES": str(num_processes), "OMP_NUM_THREADS": "1", "HF_HOME": str(self.folder)}
+        command = [sys.executable, "-m", "simpletuner.launch", "train", "--config", str(self.write(**changes))]
+        environ = os.environ | more
+        return subprocess.run(command, env=environ, cwd=self.folder, capture_output=True, text=True, check=False)
 
     def rows(self) -> list[metrics.Row]:
         """Returns the rows of metrics.jsonl without what depends on the clock."""
