@@ -95,7 +95,10 @@ class NoiseSchedule(ABC):
 
 
 class DiscreteSchedule(NoiseSchedule):
-    """A variance preserving schedule over integer training timesteps (SD 1.x, SDXL, ...); t is [B] int64."""
+    """A variance preserving schedule over integer training timesteps (SD 1.x, SDXL, ...); t is [B] int64.
+
+    Solvers also stop between two timesteps: a floating-point t means log(alpha / sigma) on the line between them.
+    """
 
     prediction_types = frozenset({"epsilon", "v_prediction", "sample"})
 
@@ -132,14 +135,31 @@ class DiscreteSchedule(NoiseSchedule):
 
     def alpha(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns [B] sqrt of the product of alphas."""
+        if t.is_floating_point():
+            return torch.sigmoid(2 * self._log_ratio(t, dtype)).sqrt()
         return self._tables(t.device, dtype)[0][t + 1]
 
     def sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns [B] sqrt(1 - product of alphas)."""
+        if t.is_floating_point():
+            return torch.sigmoid(-2 * self._log_ratio(t, dtype)).sqrt()
         return self._tables(t.device, dtype)[1][t + 1]
 
+    def half_way(self, start: Tensor, end: Tensor) -> Tensor:
+        """Returns [B] float64 times between two, where log(alpha / sigma) is the mean of theirs; on the CPU.
+
+        DPM-Solver's middle (arXiv 2211.01095, with r = 1/2). In units of t it is far from the middle at low noise.
+        """
+        alpha, sigma = self._tables(start.device, torch.float64)
+        table = (alpha[1:] / sigma[1:]).log()
+        wanted = (table[start] + table[end]) / 2
+        # The table falls with t, and searchsorted wants one that rises.
+        after = torch.searchsorted(-table, -wanted).clamp(1, self.num_train_timesteps - 1)
+        high, low = table[after - 1], table[after]
+        return after - 1 + (high - wanted) / (high - low)
+
     def model_t(self, t: Tensor) -> Tensor:
-        """Returns [B] int64: the timesteps themselves."""
+        """Returns [B] the timesteps themselves."""
         return t
 
     def time(self, u: Tensor) -> Tensor:
@@ -174,6 +194,13 @@ class DiscreteSchedule(NoiseSchedule):
             return x0.to(dtype)
         alpha, sigma = _column(self.alpha(t, dtype), x0), _column(self.sigma(t, dtype), x0)
         return alpha * noise.to(dtype) - sigma * x0.to(dtype)
+
+    def _log_ratio(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns [B] log(alpha / sigma) between timesteps."""
+        alpha, sigma = self._tables(t.device, dtype)
+        before = t.long().clamp(max=self.num_train_timesteps - 2)
+        high, low = ((alpha[i + 1] / sigma[i + 1]).log() for i in (before, before + 1))
+        return high + (t - before).to(dtype) * (low - high)
 
     def _tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns the [T + 1] alphas and sigmas on a device; copied once, because a copy a step would wait for it."""
