@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.config.errors import UserError
 from simpletuner.families._source import ModelSource
-from simpletuner.families.sdxl import SDXL, guidance_embedding
+from simpletuner.families._unet import guidance_embedding
+from simpletuner.families.sdxl import SDXL
 
 CPU = torch.device("cpu")
 PROMPTS = ["a small red star at the top left", "x" * 300 + " and a ring", ""]
