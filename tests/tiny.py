@@ -3,18 +3,70 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from simpletuner.quickstart.model import write_model
+from simpletuner.quickstart.model import make_pipeline, write_model
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 tiny_sdxl = write_model
 """``tiny_sdxl(folder, prediction_type="epsilon", seed=0)`` writes a complete diffusers SDXL folder."""
 
 SIZES = ((96, 96), (128, 80), (80, 128), (112, 84), (84, 112))
+
+
+def tiny_sd1x(folder: Path, prediction_type: str = "epsilon", seed: int = 0, version: int = 1) -> Path:
+    """Writes a complete diffusers folder of an SD 1.x, or 2.x, into a folder; returns the folder."""
+    make_sd1x(prediction_type, seed, version).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def make_sd1x(prediction_type: str = "epsilon", seed: int = 0, version: int = 1) -> "StableDiffusionPipeline":
+    """Returns an SD 1.x, or 2.x, as a pipeline: SDXL's VAE and first (second) text encoder, and a UNet of its own."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    xl = make_pipeline(prediction_type, seed)
+    xl.vae.register_to_config(scaling_factor=0.18215)
+    text, tokenizer = (xl.text_encoder, xl.tokenizer) if version == 1 else (xl.text_encoder_2, xl.tokenizer_2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=4 if version == 1 else (2, 4),
+            norm_num_groups=8,
+            use_linear_projection=version == 2,
+            cross_attention_dim=text.config.hidden_size,
+        )
+        encoder = CLIPTextModel(text.config).eval()
+    return StableDiffusionPipeline(
+        vae=xl.vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            steps_offset=1,
+            clip_sample=False,
+            set_alpha_to_one=False,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def image_folder(folder: Path, count: int = 6, sizes: Sequence[tuple[int, int]] = SIZES, seed: int = 0) -> Path:
@@ -32,8 +84,6 @@ def image_folder(folder: Path, count: int = 6, sizes: Sequence[tuple[int, int]] 
 
 def tiny_single_file(path: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """Writes the weights of ``tiny_sdxl`` into one file under the original SDXL names; returns the path."""
-    from simpletuner.quickstart.model import make_pipeline
-
     pipeline = make_pipeline(prediction_type, seed)
     components = {
         "model.diffusion_model": _unet(pipeline.unet),
@@ -41,6 +91,22 @@ def tiny_single_file(path: Path, prediction_type: str = "epsilon", seed: int = 0
         "conditioner.embedders.0.transformer": _text(pipeline.text_encoder),
         "conditioner.embedders.1.model": _open_clip(pipeline.text_encoder_2),
     }
+    return _write_single_file(path, components, prediction_type)
+
+
+def tiny_sd1x_file(path: Path, prediction_type: str = "epsilon", seed: int = 0, version: int = 1) -> Path:
+    """Writes the weights of ``tiny_sd1x`` into one file under the original names; returns the path."""
+    pipeline = make_sd1x(prediction_type, seed, version)
+    text = {"transformer": _text} if version == 1 else {"model": _open_clip}
+    components = {
+        "model.diffusion_model": _unet(pipeline.unet),
+        "first_stage_model": _vae(pipeline.vae),
+        **{f"cond_stage_model.{name}": rename(pipeline.text_encoder) for name, rename in text.items()},
+    }
+    return _write_single_file(path, components, prediction_type)
+
+
+def _write_single_file(path: Path, components: dict[str, dict[str, Tensor]], prediction_type: str) -> Path:
     state = {f"{prefix}.{name}": value for prefix, part in components.items() for name, value in part.items()}
     if prediction_type == "v_prediction":
         state["v_pred"] = torch.empty(0)
@@ -127,9 +193,10 @@ def _vae(vae: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _text(encoder: torch.nn.Module) -> dict[str, Tensor]:
-    """Returns the first text encoder's weights under transformers' old names, which the original uses."""
+    """Returns a text encoder's weights under transformers' old names, which the original uses."""
     state = encoder.state_dict().items()
-    return {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in state}
+    whole = ("text_model.", "text_projection.")
+    return {name if name.startswith(whole) else f"text_model.{name}": value for name, value in state}
 
 
 _OPEN_CLIP_RULES = {
@@ -146,8 +213,8 @@ _OPEN_CLIP_RULES = {
 
 
 def _open_clip(encoder: torch.nn.Module) -> dict[str, Tensor]:
-    """Returns the second text encoder's weights under OpenCLIP's names: q, k, v are one matrix."""
-    state = encoder.state_dict()
+    """Returns a text encoder's weights under OpenCLIP's names: q, k, v are one matrix."""
+    state = _text(encoder)
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         if ".q_proj." in name:
@@ -161,5 +228,5 @@ def _open_clip(encoder: torch.nn.Module) -> dict[str, Tensor]:
     return renamed
 
 
-RECIPES = {"sdxl": tiny_sdxl}
+RECIPES = {"sdxl": tiny_sdxl, "sd1x": tiny_sd1x}
 """Family -> what writes a tiny model of it into a folder; the conformance tests want one for each family."""

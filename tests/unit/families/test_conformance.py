@@ -90,14 +90,14 @@ def test_stock_pipeline_draws_with_the_features(family_and_source):
     from diffusers import LCMScheduler
 
     encoders = family.load_encoders(source, CPU, torch.float32, frozenset({"vae", "text"}))
-    cond = family.encode_prompt(encoders, ["a red circle"])
+    cond, empty = (family.encode_prompt(encoders, [text]) for text in ("a red circle", ""))
     pipeline = family.pipeline(family.load(source), LCMScheduler(), encoders.vae)
     assert type(pipeline).__name__ == family.pipeline_class
     pipeline.set_progress_bar_config(disable=True)
 
     def picture(cond, **settings):
         generator = torch.Generator().manual_seed(0)
-        inputs = family.pipeline_inputs(cond, family.uncond(cond, cond))
+        inputs = family.pipeline_inputs(cond, family.uncond(cond, empty))
         return pipeline(
             **inputs, height=64, width=96, num_inference_steps=2, generator=generator, output_type="np", **settings
         ).images[0]
