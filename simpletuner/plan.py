@@ -18,11 +18,11 @@ from simpletuner.config.schema import SECTIONS, Config, OptimizerSection, inert_
 from simpletuner.data.identity import Encoding
 from simpletuner.data.precompute import Outstanding, outstanding
 from simpletuner.data.summary import DatasetSummary
-from simpletuner.distillers._base import Defaults, Distiller, RunFacts
+from simpletuner.distillers._base import Defaults, Distiller, RunFacts, Setting
 from simpletuner.families._base import Facts, ModelFamily, lora_modules, lora_num_parameters
 from simpletuner.families._source import ModelSource
 from simpletuner.optimizers._base import OptimizerPlugin
-from simpletuner.schedules import NoiseSchedule, from_scheduler_config
+from simpletuner.schedules import from_scheduler_config
 
 T = TypeVar("T")
 
@@ -131,9 +131,12 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     missing = distiller.requires - family.provides
     if missing:
         problems.lines.append(f"distillation_method: {chosen.method} needs a family with {', '.join(sorted(missing))}")
-    defaults = distiller.defaults(config.model.model_type)
+    method_config = problems.attempt(lambda: _method_config(config, chosen, notices))
+    problems.raise_any()
+    defaults = distiller.defaults(method_config, config.model.model_type)
     validation = problems.attempt(lambda: _validation(config, defaults, family))
-    method_config = _method_config(config, chosen, validation, notices, problems)
+    facts = _run_facts(config, chosen, validation)
+    notices.extend(problems.attempt(lambda: distiller.check(method_config, facts)) or [])
     batches = sum(summary.batches_per_epoch(world) for summary in datasets)
     max_steps = problems.attempt(lambda: _max_steps(config, batches, notices))
     problems.raise_any()
@@ -243,29 +246,26 @@ def _prompt_library(path: Any) -> list[str]:
     return list(library.values())
 
 
-def _method_config(
-    config: Config, chosen: Chosen, validation: ValidationPlan | None, notices: list[str], problems: Problems
-) -> Any:  # Any: an instance of the method's own Config
-    """Returns the method's checked options, or None when they are wrong."""
-    configured = problems.attempt(
-        lambda: chosen.distiller.configure(config.distillation.distillation_config, config.objective)
-    )
-    if configured is None:
-        return None
-    method_config, method_notices = configured
-    notices.extend(method_notices)
+def _method_config(config: Config, chosen: Chosen, notices: list[str]) -> Any:  # Any: of the method's own Config
+    """Returns the method's checked options. Raises UserError for each that is wrong."""
+    setting = Setting(config.model.model_type, chosen.family.guidance_range)
+    given = config.distillation.distillation_config
+    method_config, own_notices = chosen.distiller.configure(given, config.objective, setting)
+    notices.extend(own_notices)
+    return method_config
+
+
+def _run_facts(config: Config, chosen: Chosen, validation: ValidationPlan | None) -> RunFacts:
+    """Returns what the method may judge a run by."""
     scheduler = chosen.facts.scheduler_config
-    schedule: NoiseSchedule | None = from_scheduler_config(scheduler) if scheduler is not None else None
     drawn = validation if validation is not None and validation.prompts else None
-    facts = RunFacts(
+    return RunFacts(
         model_type=config.model.model_type,
         prediction_type=config.model.prediction_type or chosen.facts.prediction_type,
-        schedule=schedule,
+        schedule=from_scheduler_config(scheduler) if scheduler is not None else None,
         validation_num_inference_steps=drawn.num_inference_steps if drawn else None,
         validation_guidance=drawn.guidance_scale if drawn else None,
     )
-    notices.extend(problems.attempt(lambda: chosen.distiller.check(method_config, facts)) or [])
-    return method_config
 
 
 def _max_steps(config: Config, batches_per_epoch: int, notices: list[str]) -> int:

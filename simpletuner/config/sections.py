@@ -182,8 +182,8 @@ class LoraSection(Section):
 class ObjectiveSection(Section):
     """What the loss compares; keys of the same name inside distillation_config win."""
 
-    loss_type: Literal["l2", "huber", "smooth_l1"] = setting("l2", "may_change", "Distance of prediction and target.")
-    huber_c: float = setting(0.1, "may_change", "Where huber and smooth_l1 turn from square to linear.", gt=0)
+    loss_type: Literal["l2", "huber", "cauchy", "smooth_l1"] = setting("l2", "may_change", "Distance of prediction and target.")
+    huber_c: float = setting(0.1, "may_change", "Where huber and smooth_l1 turn from square to linear, cauchy to logarithm.", gt=0)
     snr_gamma: float | None = setting(
         None, "may_change", "Weigh timesteps by min(SNR, gamma); 5 is usual. Default: all weigh the same.", gt=0
     )
@@ -305,6 +305,11 @@ class PublishSection(Section):
     push_checkpoints_to_hub: bool = setting(False, "free", "Upload every checkpoint too.", inert=_NOT_PUBLISHED)
     hub_model_id: str | None = setting(None, "free", "Repository on the hub: name, or owner/name.")
     model_card_private: bool = setting(False, "free", "Make the repository private.", inert=_NOT_PUBLISHED)
+    export_weights: Literal["online", "ema"] = setting(
+        "online",
+        "free",
+        "For methods that average a full model: which weights are the result; the others are in a folder beside it.",
+    )
     model_card_note: str | None = setting(None, "free", "Text of your own for the model card.")
     report_to: tuple[Tracker, ...] = setting(
         (), "free", "Trackers: one, a list or a comma-separated string; none.", inert=_NOT_TRACKED

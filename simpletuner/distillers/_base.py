@@ -52,6 +52,15 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What decides the defaults of a method's options."""
+
+    model_type: ModelType = "lora"
+    guidance_range: tuple[float, float] = (3.0, 15.0)
+    """The family's range of w, in the paper's form, for a network that is told w."""
+
+
+@dataclass(frozen=True)
 class Setup:
     """What a method is made of, by training/build.py."""
 
@@ -76,6 +85,8 @@ class Draw:
     """[B] noise times at which the student is called."""
     end: Tensor | None = None
     """[B] noise times of the solver's result."""
+    middle: Tensor | None = None
+    """[B] noise times between start and end, for solvers of second order."""
     edge: Tensor | None = None
     """[B] noise times to which student and target jump."""
     w: Tensor | None = None
@@ -120,7 +131,12 @@ class Distiller(ABC):
         """Returns the networks that the method needs, by name."""
 
     @classmethod
-    def defaults(cls, model_type: ModelType) -> Defaults:
+    def guidance_embed_dim(cls, model_type: ModelType) -> int | None:
+        """Returns the width of the guidance embedding that the student needs; None: it is not told w."""
+        return None
+
+    @classmethod
+    def defaults(cls, config: Any, model_type: ModelType) -> Defaults:  # Any: an instance of the method's own Config
         """Returns what the method advises for keys that the user has not set."""
         return Defaults()
 
@@ -130,7 +146,9 @@ class Distiller(ABC):
         return []
 
     @classmethod
-    def configure(cls, given: Mapping[str, Json], objective: Section) -> tuple[Any, list[str]]:
+    def configure(
+        cls, given: Mapping[str, Json], objective: Section, setting: Setting | None = None
+    ) -> tuple[Any, list[str]]:
         """Returns (the method's config, notices); see ``configure``."""
         return configure(cls.Config, given, objective)
 
@@ -146,8 +164,13 @@ class Distiller(ABC):
     def loss(self, role: str, batch: Batch, draw: Draw, step: int) -> LossOutput:
         """Returns a role's loss; batch and draw are on the device, and nothing may wait for it."""
 
+    @property
+    def ema_decay(self) -> float:
+        """Share that an average keeps of itself at each step, for methods with a role of kind ``ema``."""
+        raise TypeError(f"{type(self).__name__} has no averaged role")
+
     def after_step(self, step: int) -> None:
-        """Acts after an optimizer step, as an EMA update does."""
+        """Acts after an optimizer step."""
         return
 
     def state_dict(self) -> dict[str, Any]:  # Any: tensors and JSON, read back by the same method only
@@ -167,7 +190,8 @@ class Distiller(ABC):
             base_scheduler_config: The config of the base model's own scheduler.
 
         Returns:
-            The scheduler, and ``num_inference_steps`` and ``guidance_scale`` for keys that the user has not set.
+            The scheduler; ``num_inference_steps`` and ``guidance_scale`` for keys that the user has not set; further
+            arguments of the pipeline's call, which always hold.
         """
 
 
@@ -262,11 +286,16 @@ def distance(prediction: Tensor, target: Tensor, loss_type: str, huber_c: float)
     Args:
         prediction: With gradient.
         target: Without.
-        loss_type: ``l2``; ``huber``: pseudo-Huber sqrt(d^2 + c^2) - c (arXiv 2310.14189, eq. 8); ``smooth_l1``.
-        huber_c: Where huber and smooth_l1 turn from square to linear.
+        loss_type: ``l2``; ``huber``: pseudo-Huber sqrt(d^2 + c^2) - c (arXiv 2310.14189, eq. 8); ``cauchy``:
+            log(1 + d^2 / (2 c^2)) of a sample's root mean square d (arXiv 2502.01441, sec. 4.1); ``smooth_l1``.
+        huber_c: Where huber and smooth_l1 turn from square to linear, and cauchy to logarithm.
     """
     dtype = wide(prediction, target)
     difference = prediction.to(dtype) - target.to(dtype)
+    if loss_type == "cauchy":
+        # The paper's d is the norm of the whole sample; the root mean square makes c mean the same for every size.
+        # Per element, a c well below the differences would give the smallest ones the largest gradients.
+        return torch.log1p((difference**2).flatten(1).mean(1) / (2 * huber_c**2))
     if loss_type == "l2":
         values = difference**2
     elif loss_type == "huber":

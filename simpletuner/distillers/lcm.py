@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simpletuner.batch import Batch
 from simpletuner.config.errors import UserError
-from simpletuner.config.fields import Section, setting
+from simpletuner.config.fields import Json, Section, setting
 from simpletuner.denoiser import Prediction
 from simpletuner.distillers._base import (
     Defaults,
@@ -27,20 +27,19 @@ from simpletuner.distillers._base import (
     ModelType,
     Role,
     RunFacts,
+    Setting,
     Setup,
     distance,
     draw_latents,
-    make_scheduler,
     sample_posterior,
 )
+from simpletuner.distillers._edges import EDGES, EdgePolicy, Edges
+from simpletuner.distillers._solvers import SOLVERS, SolverName
 from simpletuner.randomness import Randomness
 from simpletuner.schedules import CLEAN_EDGE, DiscreteSchedule, NoiseSchedule
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-_STOCK_STEPS, _STOCK_SCALING = 50, 10.0
-"""What ``LCMScheduler.from_pretrained`` of a base model's scheduler always uses."""
 
 _WIDE_W_RANGE = 4.0
 """Above this width of [w_min, w_max] an adapter, which is not told w, visibly learns an average."""
@@ -50,17 +49,30 @@ class LCMConfig(Section):
     """Options of ``distillation_method: lcm``."""
 
     num_ddim_timesteps: int = setting(
-        50, "must_match", "Steps of the teacher's DDIM solver from noise to picture; inference picks among them.", ge=1
+        50, "must_match", "Steps of the teacher's solver from noise to picture; inference picks among them.", ge=1
     )
     # The published LCM-LoRAs (arXiv 2311.05556) used 7.5: an adapter is not told w, so a range teaches it an average.
     w_min: float = setting(
         7.5, "may_change", "Lowest guidance the teacher uses, in the paper's form: guidance_scale - 1.", ge=0
     )
     w_max: float = setting(7.5, "may_change", "Highest guidance the teacher uses; drawn uniformly between.", ge=0)
-    loss_type: Literal["l2", "huber"] = setting("l2", "may_change", "Distance of student and target.")
-    huber_c: float = setting(0.001, "may_change", "Where huber turns from square to linear.", gt=0)
+    loss_type: Literal["l2", "huber", "cauchy"] = setting("l2", "may_change", "Distance of student and target.")
+    ema_decay: float = setting(
+        0.95, "may_change", "For full models: share that the target keeps of itself at each step.", ge=0, lt=1
+    )
+    huber_c: float = setting(0.001, "may_change", "Where huber turns from square to linear, cauchy to logarithm.", gt=0)
     timestep_scaling_factor: float = setting(
         10.0, "must_match", "Scales the timestep in the boundary scalings; the scheduler must use the same.", gt=0
+    )
+    edge_policy: EdgePolicy = setting(
+        "origin", "must_match", "Where jumps end: the picture, the start of the phase, or a random grid time below."
+    )
+    num_phases: int = setting(4, "must_match", "For phased edges: parts of the way, each crossed in one step.", ge=1)
+    eta: float = setting(
+        0.3, "may_change", "For random edges: new noise in each step of sampling, from 0 none to 1 all.", ge=0, le=1
+    )
+    solver: SolverName = setting(
+        "ddim", "may_change", "The teacher's solver; dpm2s is of second order and calls the teacher twice."
     )
 
     @model_validator(mode="after")
@@ -68,6 +80,11 @@ class LCMConfig(Section):
         if self.w_min > self.w_max:
             raise ValueError(f"w_min ({self.w_min:g}) is above w_max ({self.w_max:g}); swap them")
         return self
+
+    @property
+    def edges(self) -> Edges:
+        """Returns the edge policy with its numbers."""
+        return EDGES[self.edge_policy](self.num_ddim_timesteps, self.timestep_scaling_factor, self.num_phases, self.eta)
 
 
 class LCM(Distiller):
@@ -83,13 +100,46 @@ class LCM(Distiller):
 
     @classmethod
     def roles(cls, model_type: ModelType) -> dict[str, Role]:
-        """Returns the student and its teacher: under LoRA the same weights without the adapter."""
-        return {"student": "train", "teacher": "frozen"}
+        """Returns the student and its teacher; a full student has an average of itself as target.
+
+        Under LoRA the teacher is the same weights without the adapter, and the target is the student itself.
+        """
+        shared: dict[str, Role] = {"student": "train", "teacher": "frozen"}
+        return shared | {"target": "ema"} if model_type == "full" else shared
 
     @classmethod
-    def defaults(cls, model_type: ModelType) -> Defaults:
-        """Returns the shape of the published LCM-LoRAs, and four steps without guidance."""
-        return Defaults(LORA_TARGETS, lora_rank=64, validation_num_inference_steps=4, validation_guidance=0.0)
+    def guidance_embed_dim(cls, model_type: ModelType) -> int | None:
+        """Returns 256 for a full student, as the published ones have; an adapter cannot add the embedding."""
+        return 256 if model_type == "full" else None
+
+    @classmethod
+    def defaults(cls, config: LCMConfig, model_type: ModelType) -> Defaults:
+        """Returns the shape of the published LCM-LoRAs, and four steps.
+
+        Guidance is off for an adapter. A full student is told w, which pipelines take from guidance_scale - 1: the
+        middle of the range that it was trained with.
+        """
+        guidance = (config.w_min + config.w_max) / 2 + 1 if model_type == "full" else 0.0
+        return Defaults(
+            LORA_TARGETS,
+            lora_rank=64,
+            validation_num_inference_steps=config.edges.num_inference_steps,
+            validation_guidance=guidance,
+        )
+
+    @classmethod
+    def configure(
+        cls, given: Mapping[str, Json], objective: Section, setting: Setting | None = None
+    ) -> tuple[Any, list[str]]:
+        """Returns (the config, notices): a full student is told w, so its range is the family's unless it is given."""
+        if setting is not None and setting.model_type == "full":
+            given = dict(zip(("w_min", "w_max"), setting.guidance_range, strict=True)) | dict(given)
+        return super().configure(given, objective, setting)
+
+    @property
+    def ema_decay(self) -> float:
+        """The config's; 0.95 is the published scripts'."""
+        return self.config.ema_decay
 
     @classmethod
     def check(cls, config: LCMConfig, facts: RunFacts) -> list[str]:
@@ -100,48 +150,61 @@ class LCM(Distiller):
         return _notices(config, facts)
 
     def edges(self, index: Tensor, batch: Batch, randomness: Randomness) -> Tensor:
-        """Returns [B] the noise times to which student and target jump: here the picture itself.
-
-        Other consistency methods differ in this policy alone: the start of the phase that holds the sample (PCM), or a
-        random time below it (TCD).
+        """Returns [B] the noise times to which student and target jump: in this alone LCM, PCM and TCD differ.
 
         Args:
             index: [B] grid indices of the solver's results, in [0, N).
             batch: The samples.
-            randomness: Of the run; a random policy has its own stream.
+            randomness: Of the run.
         """
-        return torch.full_like(index, CLEAN_EDGE)
+        return self.config.edges.times(self._grid(batch), index, batch.position, randomness)
+
+    def _grid(self, batch: Batch) -> Tensor:
+        """Returns [N + 1] the solver times of pictures of the batch's size."""
+        return self.schedule.for_size(*batch.mean.shape[-2:]).grid(self.config.num_ddim_timesteps)
 
     def draw(self, batch: Batch, randomness: Randomness) -> Draw:
         """Returns noise, two neighbouring grid times, the edge and the guidance of each sample."""
         noise, posterior = draw_latents(batch, randomness)
-        config = self.config
-        grid = self.schedule.for_size(*batch.mean.shape[-2:]).grid(config.num_ddim_timesteps)
+        config, grid = self.config, self._grid(batch)
         index = randomness.integers("index", batch.position, config.num_ddim_timesteps)
+        start, end = grid[index + 1], grid[index]
         return Draw(
             noise,
             posterior,
-            start=grid[index + 1],
-            end=grid[index],
+            start=start,
+            end=end,
+            middle=self._middle(start, end),
             edge=self.edges(index, batch, randomness),
             w=config.w_min + (config.w_max - config.w_min) * randomness.uniform("w", batch.position),
         )
+
+    def _middle(self, start: Tensor, end: Tensor) -> Tensor | None:
+        """Returns [B] the times at which a solver of second order looks half-way, None for one of first order."""
+        if self.config.solver == "ddim":
+            return None
+        assert isinstance(self.schedule, DiscreteSchedule)  # check refuses the others
+        return self.schedule.half_way(start, end)
 
     def loss(self, role: str, batch: Batch, draw: Draw, step: int) -> LossOutput:
         """Returns the distance of student and target at the edge (arXiv 2310.04378, alg. 1)."""
         assert draw.end is not None
         assert draw.edge is not None
         assert draw.w is not None
-        schedule, cond, geometry = self.schedule, batch.cond, batch.geometry
+        schedule, cond, geometry, w = self.schedule, batch.cond, batch.geometry, draw.w
         x0 = sample_posterior(batch, draw.posterior)
         z_start = schedule.add_noise(x0, draw.noise, draw.start)
         # The student goes last, so that no activations are held while teacher and target run.
         with torch.no_grad():
-            teacher = self.denoisers["teacher"].guided(z_start, draw.start, cond, self.uncond(cond), geometry, draw.w)
-            z_end = schedule.ddim_step(teacher.x0, teacher.noise, draw.end)
-            prediction = self.denoisers["target"](z_end, draw.end, cond, geometry)
+            uncond, teacher = self.uncond(cond), self.denoisers["teacher"]
+
+            def guided(z: Tensor, t: Tensor) -> Prediction:
+                return teacher.guided(z, t, cond, uncond, geometry, w)
+
+            z_end = SOLVERS[self.config.solver](guided, schedule, z_start, draw)
+            prediction = self.denoisers["target"](z_end, draw.end, cond, geometry, w)
             target = self._jump(prediction, z_end, draw.end, draw.edge)
-        prediction = self.denoisers["student"](z_start, draw.start, cond, geometry)
+        prediction = self.denoisers["student"](z_start, draw.start, cond, geometry, w)
         student = self._jump(prediction, z_start, draw.start, draw.edge)
         per_sample = distance(student, target, self.config.loss_type, self.config.huber_c)
         # A spread that shrinks over the steps is how a collapse, and soft pictures, announce themselves.
@@ -152,21 +215,10 @@ class LCM(Distiller):
         return jump(self.schedule, prediction, z, t, edge, self.config.timestep_scaling_factor)
 
     def sampling(self, base_scheduler_config: Mapping[str, Any]) -> "tuple[SchedulerMixin, dict[str, Any]]":
-        """Returns LCMScheduler on the grid that was trained, for four steps without guidance."""
-        # Imported here: it takes seconds, which the plan does not have.
-        from diffusers.schedulers.scheduling_lcm import LCMScheduler
-
-        scheduler = make_scheduler(
-            LCMScheduler,
-            base_scheduler_config,
-            original_inference_steps=self.config.num_ddim_timesteps,
-            timestep_scaling=self.config.timestep_scaling_factor,
-            prediction_type=self.denoisers["student"].prediction_type,
-            # Latents are not bounded by 1, and training clips nothing; DDIM's own default would.
-            clip_sample=False,
-            thresholding=False,
-        )
-        return scheduler, {"num_inference_steps": 4, "guidance_scale": 0.0}
+        """Returns the edges' scheduler on the grid that was trained, for a few steps without guidance."""
+        edges = self.config.edges
+        scheduler, further = edges.sampling(base_scheduler_config, self.denoisers["student"].prediction_type)
+        return scheduler, {"num_inference_steps": edges.num_inference_steps, "guidance_scale": 0.0, **further}
 
 
 def jump(schedule: NoiseSchedule, prediction: Prediction, z: Tensor, t: Tensor, edge: Tensor, scaling: float) -> Tensor:
@@ -194,12 +246,15 @@ def _problems(config: LCMConfig, facts: RunFacts) -> list[str]:
     """Returns a line for each reason why the run could not work."""
     problems: list[str] = []
     num_steps = config.num_ddim_timesteps
-    if facts.model_type == "full":
-        problems.append("model_type: 'full' is not built yet for lcm; set model_type to 'lora'")
     if facts.schedule is not None and not isinstance(facts.schedule, DiscreteSchedule):
-        problems.append("distillation_method: 'lcm' is not built yet for flow models")
+        problems.append("distillation_method: consistency distillation is not built yet for flow models")
     if isinstance(facts.schedule, DiscreteSchedule):
         total = facts.schedule.num_train_timesteps
+        if facts.schedule.zero_terminal_snr and config.solver != "ddim":
+            problems.append(
+                f"distillation_config.solver: '{config.solver}' has no middle of a step from pure noise, where a "
+                "schedule with zero terminal SNR begins; set it to 'ddim'"
+            )
         if num_steps > total:
             problems.append(
                 f"distillation_config.num_ddim_timesteps: {num_steps} is above the model's {total} training timesteps"
@@ -214,24 +269,19 @@ def _problems(config: LCMConfig, facts: RunFacts) -> list[str]:
                 "prediction_type: 'epsilon' says nothing about the picture at the last timestep of a schedule with "
                 "zero terminal SNR (rescale_betas_zero_snr); use a v_prediction model, or leave out the rescaling"
             )
-    steps = facts.validation_num_inference_steps
-    if steps is not None and steps > num_steps:
-        problems.append(
-            f"validation_num_inference_steps: {steps} is more than num_ddim_timesteps ({num_steps}); "
-            f"set it to {num_steps} at most (4 is usual)"
-        )
-    return problems
+    total = facts.schedule.num_train_timesteps if facts.schedule is not None else None
+    return problems + config.edges.problems(total, facts.validation_num_inference_steps)
 
 
 def _notices(config: LCMConfig, facts: RunFacts) -> list[str]:
     """Returns a line for each thing that works, and that its user should know."""
-    notices: list[str] = []
-    num_steps, scaling = config.num_ddim_timesteps, config.timestep_scaling_factor
-    if (num_steps, scaling) != (_STOCK_STEPS, _STOCK_SCALING):
-        notices.append(
-            f"num_ddim_timesteps {num_steps}, timestep_scaling_factor {scaling:g}: load the scheduler from the run "
-            "(output_dir/scheduler); LCMScheduler.from_pretrained of the base model always takes 50 and 10"
-        )
+    edges, num_steps = config.edges, config.num_ddim_timesteps
+    notices = [
+        f"distillation_config.{key}: has no effect with edge_policy '{config.edge_policy}'"
+        for key in ("timestep_scaling_factor", "num_phases", "eta")
+        if key in config.model_fields_set and key not in edges.options
+    ]
+    notices += edges.notices(facts.validation_num_inference_steps)
     if isinstance(facts.schedule, DiscreteSchedule) and (total := facts.schedule.num_train_timesteps) % num_steps:
         top = total // num_steps * num_steps - 1
         notices.append(f"num_ddim_timesteps: {num_steps} does not divide {total}; the grid ends at timestep {top}")
@@ -244,6 +294,12 @@ def _notices(config: LCMConfig, facts: RunFacts) -> list[str]:
     if facts.model_type == "lora" and guidance is not None and guidance > 1:
         notices.append(
             f"validation_guidance: {guidance:g} guides a student that has learned guidance already; 0 is off"
+        )
+    scale = (config.w_min + 1, config.w_max + 1)
+    if facts.model_type == "full" and guidance is not None and not scale[0] <= guidance <= scale[1]:
+        notices.append(
+            f"validation_guidance: {guidance:g} was never trained: a full model is told w = guidance_scale - 1, here "
+            f"{config.w_min:g} to {config.w_max:g}, so draw with {scale[0]:g} to {scale[1]:g}"
         )
     return notices
 

@@ -100,6 +100,11 @@ class ModelFamily(Protocol):
         ...
 
     @property
+    def guidance_range(self) -> tuple[float, float]:
+        """Guidance w, in the paper's form, that a distilled network is told unless the config says otherwise."""
+        ...
+
+    @property
     def lora_targets(self) -> tuple[str, ...]:
         """Default targets where the method advises none: those of diffusers' own training scripts."""
         ...

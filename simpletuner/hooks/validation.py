@@ -18,7 +18,7 @@ from simpletuner.hooks.contact_sheet import write_contact_sheet
 from simpletuner.plan import Plan
 from simpletuner.training.build import Run
 from simpletuner.training.metrics import Row
-from simpletuner.training.sampling import SamplingSettings, base_settings, draw_picture, student_settings
+from simpletuner.training.sampling import SamplingSettings, base_dtype, base_settings, draw_picture, student_settings
 from simpletuner.training.state import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Column:
 
     folder: str
     label: str
+    network: nn.Module
     settings: SamplingSettings
     use_adapter: bool
 
@@ -105,22 +106,21 @@ class Validation:
         self._draws_at_start = draws_at_start
         few = f"base, {student.num_inference_steps} steps"
         self._base_columns = [
-            Column("base", f"base, {base.num_inference_steps} steps", base, use_adapter=False),
-            Column("base-few-steps", few, student, use_adapter=False),
+            Column("base", f"base, {base.num_inference_steps} steps", run.teacher, base, use_adapter=False),
+            Column("base-few-steps", few, run.teacher, student, use_adapter=False),
         ][: 2 if draws_base else 0]
 
     def on_start(self, state: TrainState) -> None:
-        """Draws the base model once, while it is still at hand; a full model changes with the first step."""
+        """Draws the base model once, while it is still at hand: it may be the very weights that are trained."""
         if self._run.accelerator.is_main_process:
             self._remove_stale(state.step)
         self._run.accelerator.wait_for_everyone()
-        if state.step == 0 or self._run.has_adapter:
-            for column in self._base_columns:
-                self._draw(column)
+        stays = self._run.has_adapter or self._run.teacher is not self._run.module
+        self._draw(self._base_columns if stays or state.step == 0 else [])
         if state.step:
             self.on_step(state, None)
         elif self._draws_at_start:
-            self._draw(self._column(0))
+            self._draw(self._columns(0))
 
     def _remove_stale(self, step: int) -> None:
         """Removes what was drawn by steps that are about to be made again; from the start on, by another model too."""
@@ -133,39 +133,49 @@ class Validation:
     def on_step(self, state: TrainState, row: Row | None) -> None:
         """Draws the student where the interval or the end of the run asks for it."""
         if state.finished or (self._step_interval and state.step % self._step_interval == 0):
-            self._draw(self._column(state.step))
+            self._draw(self._columns(state.step))
 
     def on_end(self, state: TrainState) -> None:
         """Has nothing left to do: the last step was drawn when it was made."""
 
-    def _column(self, step: int) -> Column:
-        return Column(
-            f"step-{step:06d}", f"step {step}, {self._student.num_inference_steps} steps", self._student, True
-        )
+    def _columns(self, step: int) -> list[Column]:
+        """Returns what is drawn at a step: the trained weights, and each average of them."""
+        folder, label = f"step-{step:06d}", f"step {step}, {self._student.num_inference_steps} steps"
+        trained = Column(folder, label, self._run.module, self._student, use_adapter=True)
+        averages = [
+            Column(f"{folder}-{role}", f"{label}, average", average.network, self._student, use_adapter=True)
+            for role, average in self._run.averages.items()
+        ]
+        return [trained, *averages]
 
-    def _draw(self, column: Column) -> None:
-        """Draws this rank's share of a column's missing pictures, then the sheet."""
+    def _draw(self, columns: Sequence[Column]) -> None:
+        """Draws what is missing of the columns, then the sheet."""
+        drawn = [self._draw_column(column) for column in columns]
+        if any(drawn) and self._run.accelerator.is_main_process:
+            self._write_sheet()
+
+    def _draw_column(self, column: Column) -> bool:
+        """Draws this rank's share of a column's missing pictures; returns whether there were any."""
         run, folder = self._run, self._folder / column.folder
         missing = [request for request in self._requests if not (folder / request.file_name).exists()]
         run.accelerator.wait_for_everyone()  # all have looked before one draws: else they would share different lists
         if missing:
             started = time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
-            vae = run.load_vae()
+            vae = run.load_vae(base_dtype(column.network))
             for request in missing[run.accelerator.process_index :: run.accelerator.num_processes]:
                 self._draw_one(column, request, vae, folder / request.file_name)
             del vae
             if run.accelerator.is_main_process:
                 _LOG.info("drew %d pictures in %.1f s: %s", len(missing), time.perf_counter() - started, folder)
         run.accelerator.wait_for_everyone()
-        if missing and run.accelerator.is_main_process:
-            self._write_sheet()
+        return bool(missing)
 
     def _draw_one(self, column: Column, request: Request, vae: nn.Module, path: Path) -> None:
         cond = self._cache.prompt(request.prompt)
         picture = draw_picture(
             self._run.family,
-            self._run.module,
+            column.network,
             vae,
             column.settings,
             cond,
@@ -184,8 +194,8 @@ class Validation:
         return negative if self._negative_prompt else self._run.family.uncond(cond, negative)
 
     def _write_sheet(self) -> None:
-        steps = sorted(_step_of(folder) for folder in self._folder.glob("step-*"))
-        columns = [*self._base_columns, *(self._column(step) for step in steps)]
+        steps = sorted({_step_of(folder) for folder in self._folder.glob("step-*")})
+        columns = [*self._base_columns, *(column for step in steps for column in self._columns(step))]
         write_contact_sheet(
             self._folder / "contact_sheet.png",
             [(column.label, self._folder / column.folder) for column in columns],
@@ -194,4 +204,4 @@ class Validation:
 
 
 def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    return int(folder.name.split("-")[1])

@@ -1,9 +1,11 @@
 """Writes what a run has learnt in the formats that stock diffusers loads; each file appears whole or not at all."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from simpletuner.atomic import files_into
@@ -28,10 +30,21 @@ def write_lora(
 
 
 def write_model(folder: Path, module: nn.Module, scheduler: Any) -> None:  # Any: see write_lora
-    """Writes a whole network, so that ``UNet2DConditionModel.from_pretrained(folder)`` loads it, and its scheduler."""
+    """Writes a whole network and its scheduler.
+
+    ``UNet2DConditionModel.from_pretrained(folder)`` loads it as it was trained, with ``variant="fp16"`` in half the
+    bytes of float32.
+    """
     write_scheduler(folder, scheduler)
+    write_network(folder, module)
+
+
+def write_network(folder: Path, module: nn.Module) -> None:
+    """Writes a network's config and weights, in its own dtype and as the variant fp16."""
     with files_into(folder) as temporary:
         _diffusers(module).save_pretrained(temporary, safe_serialization=True)
+        half = copy.deepcopy(module).to("cpu", torch.float16)
+        _diffusers(half).save_pretrained(temporary, safe_serialization=True, variant="fp16")
 
 
 def write_scheduler(folder: Path, scheduler: Any) -> Path:  # Any: see write_lora

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from simpletuner.atomic import files_into
 from simpletuner.plan import Plan
 from simpletuner.plan_view import plan_rows
-from simpletuner.publishing.export import write_lora, write_model
+from simpletuner.publishing.export import write_lora, write_model, write_network
 from simpletuner.publishing.model_card import CardFacts, card_text
 from simpletuner.training.adapters import adapter_metadata, adapter_state
 from simpletuner.training.build import Run
@@ -55,13 +57,25 @@ def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:
         )
         yield f"adapter: {path}"
     else:
-        write_model(folder, run.module, settings.scheduler)
+        networks = {"online": run.module}
+        if run.averages:
+            networks["ema"] = run.averages["target"].network
+        exported = _exported(plan, run)
+        write_model(folder, networks.pop(exported), settings.scheduler)
         yield f"model: {folder}"
+        for name, network in networks.items():
+            write_network(folder / name, network)
+            yield f"its {'average' if name == 'ema' else 'online weights'}: {folder / name}"
     document = {"step": state.step, "config": plan.config.model_dump(mode="json"), **provenance()}
     with files_into(folder) as made:
         (made / CARD).write_text(card_text(_card_facts(plan, run, settings)), encoding="utf8")
         (made / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
     yield f"how to draw with it: {folder / CARD}"
+
+
+def _exported(plan: Plan, run: Run) -> str:
+    """Returns which weights of a full model are the result: ``ema`` means something only where there is an average."""
+    return plan.config.publish.export_weights if run.averages else "online"
 
 
 def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
@@ -78,7 +92,7 @@ def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
         network=None if run.has_adapter else type(run.module).__name__,
         scheduler=type(settings.scheduler).__name__,
         sampling=_sampling(plan, settings),
-        dtype=plan.weight_dtype,
+        dtype=torch.float32 if _exported(plan, run) == "ema" else plan.weight_dtype,
         prompt=prompt,
         size_px=plan.validation.sizes_px[0],
         seed=plan.validation.seeds[0],

@@ -1,8 +1,10 @@
 """Builds everything that a run trains with, in the one order that is right.
 
-Load -> freeze -> adapters (float32) -> gradient checkpointing -> optimizer -> prepare (the student, nothing else).
+Load the roles -> freeze -> adapters (float32) -> average -> gradient checkpointing -> optimizer -> prepare (the
+student, nothing else).
 """
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from simpletuner.families._source import ModelSource
 from simpletuner.plan import Plan
 from simpletuner.schedules import NoiseSchedule
 from simpletuner.training.adapters import ADAPTER, attach_lora, start_from, trainable_parameters
+from simpletuner.training.ema import Average
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ class Run:
     schedule: NoiseSchedule
     distiller: Distiller
     learners: Mapping[str, Learner]
+    averages: Mapping[str, Average]
+    """Roles that follow the student, which the trainer updates after each step."""
+    teacher: nn.Module
+    """The frozen base: under LoRA the student's network, whose adapter can be switched off."""
     dataset: CachedDataset
-    vae_dtype: torch.dtype
     host_group: torch.distributed.ProcessGroup | None
     """A gloo group of all ranks for questions between hosts; None for a single process."""
 
@@ -63,10 +69,9 @@ class Run:
             torch.distributed.all_reduce(values)
         return values
 
-    def load_vae(self) -> nn.Module:
+    def load_vae(self, dtype: torch.dtype) -> nn.Module:
         """Returns the VAE, freshly loaded onto the run's device."""
-        device = self.accelerator.device
-        vae = self.family.load_encoders(self.source, device, self.vae_dtype, frozenset[Part]({"vae"})).vae
+        vae = self.family.load_encoders(self.source, self.accelerator.device, dtype, frozenset[Part]({"vae"})).vae
         assert vae is not None
         return vae
 
@@ -102,21 +107,15 @@ def build(plan: Plan, accelerator: Accelerator, cache: Cache, dataset: CachedDat
         cache: Holds the text features, the empty prompt's included.
         dataset: The micro-batches of this rank.
     """
-    device = accelerator.device
-    module = plan.family.load(plan.source, dtype=plan.weight_dtype).to(device)
-    if plan.lora is not None:
-        attach_lora(module, plan.lora.settings, plan.config.run.seed)
-        if plan.config.lora.init_lora is not None:
-            start_from(module, plan.family, Path(plan.config.lora.init_lora))
-    module.train()
-    if plan.config.model.gradient_checkpointing:
-        network: Any = module  # Any: diffusers' own base class, which would import diffusers here
-        network.enable_gradient_checkpointing(checkpoint_with_adapters(module))
+    module, teacher, target = _networks(plan, accelerator.device)
     schedule = plan.family.schedule(plan.source)
     learner = _learner(plan, accelerator, module)
-    empty = {key: value.to(device) for key, value in cache.prompt("").items()}
-    denoisers = _denoisers(plan, module, learner.module, schedule)
+    empty = {key: value.to(accelerator.device) for key, value in cache.prompt("").items()}
+    networks = {"student": learner.module, "target": target, "teacher": teacher}
+    denoisers = _denoisers(plan, networks, schedule)
     setup = Setup(plan.method_config, denoisers, schedule, lambda cond: plan.family.uncond(cond, empty))
+    distiller = plan.distiller(setup)
+    averages = {"target": Average(module, target, distiller.ema_decay)} if target is not module else {}
     return Run(
         accelerator=accelerator,
         family=plan.family,
@@ -124,12 +123,37 @@ def build(plan: Plan, accelerator: Accelerator, cache: Cache, dataset: CachedDat
         module=module,
         has_adapter=plan.lora is not None,
         schedule=schedule,
-        distiller=plan.distiller(setup),
+        distiller=distiller,
         learners={"student": learner},
+        averages=averages,
+        teacher=teacher,
         dataset=dataset,
-        vae_dtype=plan.weight_dtype,
         host_group=_host_group(accelerator),
     )
+
+
+def _networks(plan: Plan, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Returns the networks of student, teacher and target; one and the same where the method needs no copy."""
+    model_type = plan.config.model.model_type
+    roles = plan.distiller.roles(model_type)
+    embed_dim = plan.distiller.guidance_embed_dim(model_type)
+    student = plan.family.load(plan.source, plan.weight_dtype, embed_dim).to(device)
+    teacher = target = student
+    if plan.lora is not None:
+        attach_lora(student, plan.lora.settings, plan.config.run.seed)
+        if plan.config.lora.init_lora is not None:
+            start_from(student, plan.family, Path(plan.config.lora.init_lora))
+    elif "teacher" in roles:
+        teacher = (
+            plan.family.load(plan.source, plan.compute_dtype or plan.weight_dtype).to(device).requires_grad_(False)
+        )
+    if roles.get("target") == "ema":
+        target = copy.deepcopy(student).float().requires_grad_(False)
+    student.train()
+    if plan.config.model.gradient_checkpointing:
+        network: Any = student  # Any: diffusers' own base class, which would import diffusers here
+        network.enable_gradient_checkpointing(checkpoint_with_adapters(student))
+    return student, teacher, target
 
 
 def _host_group(accelerator: Accelerator) -> torch.distributed.ProcessGroup | None:
@@ -153,20 +177,17 @@ def _learner(plan: Plan, accelerator: Accelerator, module: nn.Module) -> Learner
     )
 
 
-def _denoisers(plan: Plan, module: nn.Module, wrapped: nn.Module, schedule: NoiseSchedule) -> dict[str, Denoiser]:
-    """Returns the roles of a method as denoisers over one copy of the weights.
+def _denoisers(plan: Plan, networks: Mapping[str, nn.Module], schedule: NoiseSchedule) -> dict[str, Denoiser]:
+    """Returns the roles of a method as denoisers.
 
-    Passes without gradient use the module itself: data parallelism has nothing to do there.
+    Passes without gradient use the module without its wrapper: data parallelism has nothing to do there.
     """
     adapter = ADAPTER if plan.lora is not None else None
     facts = plan.family.facts(plan.source)  # anew: a model of the hub has been downloaded since the plan was made
     prediction_type = plan.config.model.prediction_type or facts.prediction_type or plan.family.prediction_type
 
-    def denoiser(network: nn.Module, name: str | None) -> Denoiser:
-        return Denoiser(plan.family, network, name, prediction_type, schedule, plan.compute_dtype)
+    def denoiser(role: str) -> Denoiser:
+        name = None if role == "teacher" else adapter
+        return Denoiser(plan.family, networks[role], name, prediction_type, schedule, plan.compute_dtype)
 
-    return {
-        "student": denoiser(wrapped, adapter),
-        "target": denoiser(module, adapter),
-        "teacher": denoiser(module, None),
-    }
+    return {role: denoiser(role) for role in networks}

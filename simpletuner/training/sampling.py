@@ -32,9 +32,11 @@ class SamplingSettings:
 
 def student_settings(plan: Plan, run: Run) -> SamplingSettings:
     """Returns how the result is drawn: as the method says, unless the config says otherwise."""
-    scheduler, _ = run.distiller.sampling(_scheduler_config(plan))
-    validation = plan.validation
-    return SamplingSettings(scheduler, validation.num_inference_steps, validation.guidance_scale, _options(plan))
+    scheduler, arguments = run.distiller.sampling(_scheduler_config(plan))
+    validation = plan.validation  # its numbers are the method's own, unless the config says otherwise
+    further = {key: value for key, value in arguments.items() if key not in ("num_inference_steps", "guidance_scale")}
+    options = further | dict(_options(plan))
+    return SamplingSettings(scheduler, validation.num_inference_steps, validation.guidance_scale, options)
 
 
 def base_settings(plan: Plan) -> SamplingSettings:

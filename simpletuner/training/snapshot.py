@@ -21,6 +21,8 @@ def take(run: Run, state: TrainState) -> tuple[dict[str, Mapping[str, Tensor]], 
     tensors: dict[str, Mapping[str, Tensor]] = {
         "weights": {name: parameter.detach() for name, parameter in trainable_parameters(run.module).items()}
     }
+    for role, average in run.averages.items():
+        tensors[role] = average.network.state_dict()
     trees: dict[str, Any] = {}
     learned = {
         role: {"optimizer": learner.optimizer.state_dict(), "scaler": learner.scaler.state_dict()}
@@ -40,6 +42,8 @@ def take(run: Run, state: TrainState) -> tuple[dict[str, Mapping[str, Tensor]], 
 def restore(run: Run, loaded: Loaded, max_steps: int) -> TrainState:
     """Returns the state of a checkpoint, and puts its tensors into the run's networks, optimizers and method."""
     restore_trainable(run.module, loaded.tensors["weights"])
+    for role, average in run.averages.items():
+        average.network.load_state_dict(loaded.tensors[role])
     trees = {group: unflatten(loaded.tensors[group], tree) for group, tree in loaded.state["trees"].items()}
     for role, learner in run.learners.items():
         restore_optimizer(learner.optimizer, trees["learners"][role]["optimizer"])

@@ -113,6 +113,8 @@ class Trainer:
             metrics |= self._update(role, window)
         state.step += 1
         state.samples += int(sum(batch.global_weight for batch, _ in window))
+        for average in run.averages.values():
+            average.update()
         run.distiller.after_step(state.step)
         self._metrics.add(state.step, metrics)
 

@@ -26,6 +26,7 @@ COURSES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "optimizer": "adamw_bf16",
     },
+    "lcm-full": {"model_type": "full", "lr_scheduler": "cosine", "learning_rate": 1e-3},
     "full": SFT
     | {
         "model_type": "full",

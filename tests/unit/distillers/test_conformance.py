@@ -51,9 +51,9 @@ def test_roles_have_a_student_that_trains(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_defaults_pass_the_methods_own_check(name: str) -> None:
     plugin = method(name)
-    defaults = plugin.defaults("lora")
-    facts = RunFacts("lora", "epsilon", SCHEDULE, defaults.validation_num_inference_steps, defaults.validation_guidance)
     config, _ = plugin.configure({}, ObjectiveSection())
+    defaults = plugin.defaults(config, "lora")
+    facts = RunFacts("lora", "epsilon", SCHEDULE, defaults.validation_num_inference_steps, defaults.validation_guidance)
     assert isinstance(plugin.check(config, facts), list)
     # Before the model has been downloaded nothing is known, and nothing may be refused for it.
     plugin.check(config, RunFacts("lora", None, None, None, None))

@@ -35,6 +35,7 @@ def test_defaults_are_the_published_adapters() -> None:
         "w_max": 7.5,
         "loss_type": "l2",
         "huber_c": 0.001,
+        "ema_decay": 0.95,
         "timestep_scaling_factor": 10.0,
     }
 
@@ -202,11 +203,9 @@ def test_what_cannot_work_is_refused_in_one_line_each() -> None:
     assert "1001 is above the model's 1000 training timesteps" in line
     (line,) = refused(LCMConfig(num_ddim_timesteps=600))
     assert "600 steps of 1 timesteps end at 600 of 1000" in line
-    (line,) = refused(LCMConfig(), model_type="full")
-    assert line == "model_type: 'full' is not built yet for lcm; set model_type to 'lora'"
     (line,) = refused(LCMConfig(), schedule=FlowSchedule(), prediction_type="flow_prediction")
     assert "not built yet for flow models" in line
-    assert len(refused(LCMConfig(), schedule=ZERO_SNR, model_type="full", validation_num_inference_steps=51)) == 3
+    assert len(refused(LCMConfig(), schedule=ZERO_SNR, validation_num_inference_steps=51)) == 2
 
 
 def test_v_with_zero_terminal_snr_is_allowed() -> None:
@@ -243,7 +242,7 @@ def test_notices() -> None:
 
 
 def test_default_targets_are_the_published_adapters() -> None:
-    defaults = LCM.defaults("lora")
+    defaults = LCM.defaults(LCMConfig(), "lora")
     assert defaults.lora_rank == 64
     assert defaults.lora_targets is not None
     assert len(defaults.lora_targets) == 14

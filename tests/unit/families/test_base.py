@@ -174,7 +174,7 @@ def test_published_lcm_lora_has_its_published_size():
     """196.8M parameters on 788 layers (arXiv 2311.05556, table 1), counted from the shapes of the published UNet."""
     from diffusers import UNet2DConditionModel
 
-    from simpletuner.distillers.lcm import LCM
+    from simpletuner.distillers.lcm import LCM, LCMConfig
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(
@@ -191,7 +191,7 @@ def test_published_lcm_lora_has_its_published_size():
         )
     shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 2_567_463_684
-    modules = lora_modules(shapes, LCM.defaults("lora").lora_targets or ())
+    modules = lora_modules(shapes, LCM.defaults(LCMConfig(), "lora").lora_targets or ())
     assert len(modules) == 788
     assert lora_num_parameters(modules, 64) == 196_751_360
 

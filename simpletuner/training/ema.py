@@ -1,0 +1,23 @@
+"""An exponential average of a network's weights, which is itself a network (a method's target)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Average:
+    """Follows ``online`` after each optimizer step: average = decay average + (1 - decay) online."""
+
+    online: nn.Module
+    network: nn.Module
+    """Of the same shape; float32, since at a decay of 0.999 a bfloat16 average would stand still."""
+    decay: float
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Makes one step of the average; nothing waits for the device."""
+        averages: list[Tensor] = list(self.network.parameters())
+        online = [parameter.to(torch.float32) for parameter in self.online.parameters()]
+        torch._foreach_lerp_(averages, online, 1 - self.decay)  # pyright: ignore[reportPrivateUsage]
