@@ -20,6 +20,8 @@ def test_whole_model_is_loaded_from_the_root_of_the_folder(tiny_model: Path, tmp
     assert again.config["time_cond_proj_dim"] == 32
     assert again.state_dict().keys() == unet.state_dict().keys()
     assert all(torch.equal(value, unet.state_dict()[name]) for name, value in again.state_dict().items())
+    half = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float16, variant="fp16")
+    assert all(torch.equal(value, unet.state_dict()[name].half()) for name, value in half.state_dict().items())
     assert LCMScheduler.from_pretrained(tmp_path, subfolder="scheduler").config["original_inference_steps"] == 25
     # and as the network of another run
     source = ModelSource(str(tiny_model), unet_path=str(tmp_path))
@@ -28,6 +30,7 @@ def test_whole_model_is_loaded_from_the_root_of_the_folder(tiny_model: Path, tmp
     assert torch.equal(loaded.time_embedding.cond_proj.weight, unet.time_embedding.cond_proj.weight)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
+        "diffusion_pytorch_model.fp16.safetensors",
         "diffusion_pytorch_model.safetensors",
         "scheduler",
     ]
