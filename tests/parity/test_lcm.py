@@ -52,10 +52,16 @@ def reference_losses(
     assert batch.std is not None
     assert draw.posterior is not None
     assert draw.w is not None
+    assert draw.edge is not None
     x0 = batch.mean + batch.std * draw.posterior.double()
     losses: list[Tensor] = []
     for i in range(len(x0)):
         geometry = batch.geometry[i : i + 1]
+        edges = {
+            "origin": None,
+            "phased": reference.phase_start(int(draw.start[i]), config.num_phases),
+            "random": int(draw.edge[i]),
+        }
         losses.append(
             reference.lcm_loss(
                 x0=x0[i : i + 1],
@@ -71,10 +77,32 @@ def reference_losses(
                 kind=kind,
                 loss_type=config.loss_type,
                 huber_c=config.huber_c,
+                edge=edges[config.edge_policy],
+                solver=config.solver,
                 **options,
             )
         )
     return losses
+
+
+POLICIES = [("origin", 4), ("phased", 1), ("phased", 2), ("phased", 5), ("random", 4)]
+
+
+@pytest.mark.parametrize(("edge_policy", "num_phases"), POLICIES)
+@pytest.mark.parametrize("solver", ["ddim", "dpm2s"])
+@pytest.mark.parametrize("loss_type", ["l2", "huber", "cauchy"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_edges_losses_and_solvers(kind: str, loss_type: Any, solver: Any, edge_policy: Any, num_phases: int) -> None:
+    config = LCMConfig(
+        num_ddim_timesteps=10,
+        loss_type=loss_type,
+        huber_c=0.5,
+        timestep_scaling_factor=3.0,
+        solver=solver,
+        edge_policy=edge_policy,
+        num_phases=num_phases,
+    )
+    assert_toy_network_agrees(config, kind)
 
 
 @pytest.mark.parametrize("loss_type", ["l2", "huber"])
@@ -83,20 +111,24 @@ def reference_losses(
 )
 @pytest.mark.parametrize(("num_steps", "scaling"), [(50, 10.0), (10, 3.0)])
 def test_toy_network(kind: str, zero_terminal_snr: bool, loss_type: Any, num_steps: int, scaling: float) -> None:
+    config = LCMConfig(num_ddim_timesteps=num_steps, loss_type=loss_type, huber_c=0.01, timestep_scaling_factor=scaling)
+    assert_toy_network_agrees(config, kind, zero_terminal_snr)
+
+
+def assert_toy_network_agrees(config: LCMConfig, kind: str, zero_terminal_snr: bool = False) -> None:
     base = ToyNetwork()
     adapted = add_lora(copy.deepcopy(base))
     twin = copy.deepcopy(adapted)
     schedule = from_scheduler_config(SDXL_SCHEDULER | {"rescale_betas_zero_snr": zero_terminal_snr})
-    config = LCMConfig(num_ddim_timesteps=num_steps, loss_type=loss_type, huber_c=0.01, timestep_scaling_factor=scaling)
     lcm = LCM(toy_setup(config, schedule, kind, adapted))
     batch = toy_batch(8)
     output = lcm.loss("student", batch, lcm.draw(batch, Randomness(7)), 0)
     output.per_sample.sum().backward()
 
     def network(module: nn.Module) -> reference.Network:
-        def call(z: Tensor, t: int, cond: Any) -> Tensor:
+        def call(z: Tensor, t: float, cond: Any) -> Tensor:
             features, geometry = cond
-            return module(z, torch.tensor([t]), features["tokens"], features["pooled"], geometry)
+            return module(z, torch.tensor([t], dtype=torch.float64), features["tokens"], features["pooled"], geometry)
 
         return call
 
@@ -154,7 +186,7 @@ def test_sdxl(kind: Any, tiny_model: Path, tiny_model_v: Path) -> None:
     pooled_key = next(key for key in keys if batch.cond[key].ndim == 2)
 
     def network(module: nn.Module) -> reference.Network:
-        def call(z: Tensor, t: int, cond: Any) -> Tensor:
+        def call(z: Tensor, t: float, cond: Any) -> Tensor:
             features, geometry = cond
             added = {"text_embeds": features[pooled_key], "time_ids": geometry}
             return module(z, t, features[tokens_key], added_cond_kwargs=added).sample
