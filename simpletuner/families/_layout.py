@@ -1,6 +1,6 @@
 """What Stable Diffusion families differ in as data: their components, and how one file holds them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,12 @@ class Layout:
         patterns = (f"{name}/*.{end}" for name in names for end in ("json", "txt"))
         return source.config_place(self.published).fetch(["model_index.json", *patterns])
 
-    def facts(self, source: ModelSource, cond_numbers: int, notices: tuple[str, ...] = ()) -> Facts:
+    def facts(self, source: ModelSource, cond_numbers: Callable[[Json], int], notices: tuple[str, ...] = ()) -> Facts:
         """Returns what headers and JSON files tell.
 
         Args:
             source: Where the model is.
-            cond_numbers: How many numbers one prompt's features are.
+            cond_numbers: UNet's config, {} where it is not here -> how many numbers one prompt's features are.
             notices: What the family has to say beside what is known of all.
 
         Raises:
@@ -88,7 +88,7 @@ class Layout:
             prediction_type=None if scheduler is None else scheduler.get("prediction_type", "epsilon"),
             shapes=shapes,
             guidance_embed_dim=unet.get("time_cond_proj_dim"),
-            cond_numbers=cond_numbers,
+            cond_numbers=cond_numbers(unet),
             encoders_here=self._encoders_here(source),
             notices=notices,
         )

@@ -60,7 +60,7 @@ class SDXL:
 
     def facts(self, source: ModelSource) -> Facts:
         """Returns what headers and JSON files tell about the model."""
-        return _LAYOUT.facts(source, _cond_numbers(source.read_json("unet", "config.json") or {}))
+        return _LAYOUT.facts(source, _cond_numbers)
 
     def for_model(self, source: ModelSource) -> "SDXL":
         """Returns the family as the model's model_index.json configures it."""
