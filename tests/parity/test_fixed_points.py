@@ -72,6 +72,17 @@ def one_sample_an_index(lcm: LCM) -> tuple[Batch, Draw]:
     return batch, lcm.draw(batch, Randomness(5))
 
 
+def sweep(lcm: LCM, batch: Batch, draw: Draw, student: Table) -> None:
+    """Minimises the method's loss exactly, as many times as the grid has steps."""
+    for _ in range(lcm.config.num_ddim_timesteps):
+        loss = lcm.loss("student", batch, draw, 0).per_sample.sum()
+        (gradient,) = torch.autograd.grad(loss, student.coefficients, create_graph=True)
+        (curvature,) = torch.autograd.grad(gradient.sum(), student.coefficients)
+        moved = curvature > 0  # t = 0 is never a start: its coefficient has no say, for the boundary is the identity
+        with torch.no_grad():
+            student.coefficients[moved] -= (gradient / curvature)[moved]
+
+
 def top_of_the_fixed_point(
     schedule: NoiseSchedule, kind: str, num_steps: int, s: float, teacher_target: bool = False, scaling: float = 10.0
 ) -> float:
@@ -87,13 +98,7 @@ def top_of_the_fixed_point(
     config = LCMConfig(num_ddim_timesteps=num_steps, timestep_scaling_factor=scaling)
     lcm = LCM(Setup(config, denoisers, schedule, uncond))
     batch, draw = one_sample_an_index(lcm)
-    for _ in range(num_steps):
-        loss = lcm.loss("student", batch, draw, 0).per_sample.sum()
-        (gradient,) = torch.autograd.grad(loss, student.coefficients, create_graph=True)
-        (curvature,) = torch.autograd.grad(gradient.sum(), student.coefficients)
-        moved = curvature > 0  # t = 0 is never a start: its coefficient has no say, for the boundary is the identity
-        with torch.no_grad():
-            student.coefficients[moved] -= (gradient / curvature)[moved]
+    sweep(lcm, batch, draw, student)
     assert float(lcm.loss("student", batch, draw, 0).per_sample.detach().max()) < 1e-20 or teacher_target
 
     z = torch.ones(1, 1, 1, 1, dtype=DOUBLE)
