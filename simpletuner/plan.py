@@ -249,7 +249,8 @@ def _prompt_library(path: Any) -> list[str]:
 def _method_config(config: Config, chosen: Chosen, notices: list[str]) -> Any:  # Any: of the method's own Config
     """Returns the method's checked options. Raises UserError for each that is wrong."""
     setting = Setting(config.model.model_type, chosen.family.guidance_range)
-    given = config.distillation.distillation_config
+    # Without a method the options of one are left over: the config's notices say that they have no effect.
+    given = config.distillation.distillation_config if config.distillation.distillation_method else {}
     method_config, own_notices = chosen.distiller.configure(given, config.objective, setting)
     notices.extend(own_notices)
     return method_config
