@@ -71,9 +71,10 @@ class Run:
 
     def load_vae(self, dtype: torch.dtype) -> nn.Module:
         """Returns the VAE, freshly loaded onto the run's device."""
-        vae = self.family.load_encoders(self.source, self.accelerator.device, dtype, frozenset[Part]({"vae"})).vae
-        assert vae is not None
-        return vae
+        # Families refuse to encode in float16, where many a VAE overflows; pipelines know how to decode with it.
+        full = self.family.load_encoders(self.source, self.accelerator.device, torch.float32, frozenset[Part]({"vae"}))
+        assert full.vae is not None
+        return full.vae.to(dtype)
 
 
 def make_accelerator() -> Accelerator:

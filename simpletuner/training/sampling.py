@@ -42,7 +42,8 @@ def student_settings(plan: Plan, run: Run) -> SamplingSettings:
 def base_settings(plan: Plan) -> SamplingSettings:
     """Returns how the base model draws at its own settings, to compare with."""
     steps, guidance = plan.family.usual_sampling
-    return SamplingSettings(own_scheduler(_scheduler_config(plan)), steps, guidance, _options(plan))
+    scheduler = own_scheduler(_scheduler_config(plan), plan.config.model.prediction_type)
+    return SamplingSettings(scheduler, steps, guidance, _options(plan))
 
 
 def _scheduler_config(plan: Plan) -> Mapping[str, Any]:

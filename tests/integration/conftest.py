@@ -13,8 +13,13 @@ import pytest
 import torch
 
 from simpletuner.config.load import load
+from simpletuner.data.dataset import CachedDataset
+from simpletuner.data.precompute import precompute, prepare
+from simpletuner.data.summary import summarise
+from simpletuner.plan import make_plan
 from simpletuner.run import train
 from simpletuner.training import metrics
+from simpletuner.training.build import Run, build, make_accelerator
 from simpletuner.training.state import TrainState
 from tests.tiny import image_folder
 
@@ -77,6 +82,15 @@ class Project:
     def train(self, **changes: Any) -> TrainState:
         """Runs the config with changes, in this process."""
         return train(load(self.write(**changes)))
+
+    def build(self, **changes: Any) -> Run:
+        """Returns the run of the config with changes, its caches filled, before any step."""
+        config = load(self.write(**changes))
+        manifests = prepare(config.datasets)
+        plan = make_plan(config, [summarise(manifest) for manifest in manifests])
+        accelerator = make_accelerator()
+        cache = precompute(manifests, config.text_cache, plan.encoding(accelerator.device), plan.prompts)
+        return build(plan, accelerator, cache, CachedDataset(cache, plan.family.uncond, config.run.seed))
 
     def launch(self, num_processes: int = 1, **changes: Any) -> subprocess.CompletedProcess[str]:
         """Runs the config with changes in processes of its own, as train.sh starts them."""

@@ -13,14 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpletuner.batch import Batch
 from simpletuner.config.errors import UserError
-from simpletuner.config.load import load
-from simpletuner.data.dataset import CachedDataset
-from simpletuner.data.precompute import precompute, prepare
 from simpletuner.data.sampler import Position
-from simpletuner.data.summary import summarise
-from simpletuner.plan import make_plan
 from simpletuner.randomness import Randomness
-from simpletuner.training.build import Run, build, make_accelerator
+from simpletuner.training.build import Run
 from simpletuner.training.metrics import Row
 from simpletuner.training.state import TrainState
 from simpletuner.training.trainer import LoopSettings, Trainer
@@ -96,18 +91,12 @@ def bench(request: pytest.FixtureRequest, project: Project, tmp_path_factory: py
     pictures = image_folder(folder / "pictures", 5, [(96, 96)])
     project.use_pictures(pictures, folder / "cache")
     sft = {"distillation_method": None, "distillation_config": None} if request.param == "sft" else {}
-    config = load(project.write(train_batch_size=5, **sft))
-    manifests = prepare(config.datasets)
-    plan = make_plan(config, [summarise(manifest) for manifest in manifests])
-    accelerator = make_accelerator()
-    cache = precompute(manifests, config.text_cache, plan.encoding(accelerator.device))
-    dataset = CachedDataset(cache, plan.family.uncond, seed=42)
-    run = build(plan, accelerator, cache, dataset)
+    run = project.build(train_batch_size=5, **sft)
     run.module.double()
     with torch.no_grad():
         for parameter in run.learners["student"].parameters:  # lora_B starts at zero, where lora_A has no gradient
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    batch, _ = next(dataset.batches())
+    batch, _ = next(run.dataset.batches())
     return Bench(run, batch)
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageChops
 
 from tests.integration.conftest import Project
@@ -118,3 +119,16 @@ def test_validation_does_not_disturb_training(project: Project, tmp_path: Path):
     project.train(max_train_steps=3)
     other.train(**ONE | {"max_train_steps": 3}, validation_step_interval=1)
     assert other.rows() == project.rows()
+
+
+def test_the_decoder_may_be_of_half_precision(project: Project):
+    """The published VAE overflows in float16: it is never encoded with, but pipelines widen it to decode."""
+    assert project.build().load_vae(torch.float16).dtype is torch.float16
+
+
+def test_the_base_is_drawn_with_the_prediction_that_the_config_names(project: Project):
+    project.train(**ONE | {"max_train_steps": 1, "disable_benchmark": None})
+    other = project.at(project.folder.with_name("other"))
+    other.train(prediction_type="v_prediction")
+    (one,), (two,) = ((place.output / "validation" / "base").glob("*.png") for place in (project, other))
+    assert one.read_bytes() != two.read_bytes()
