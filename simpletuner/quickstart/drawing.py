@@ -72,16 +72,13 @@ def _render_background(background: Background, width: int, height: int) -> Image
 
 def _tone(background: Background, width: int, height: int) -> npt.NDArray[np.float32]:
     """Returns how far each pixel is from the first tone to the second, in an array that broadcasts to the picture."""
-    x = ((np.arange(width * _OVERSAMPLING, dtype=np.float32) + 0.5) / _OVERSAMPLING)[None, :]
-    y = ((np.arange(height * _OVERSAMPLING, dtype=np.float32) + 0.5) / _OVERSAMPLING)[:, None]
     if background.texture == "plain":
         return np.zeros((1, 1), np.float32)
+    x = ((np.arange(width * _OVERSAMPLING) + 0.5) / _OVERSAMPLING)[None, :]
+    y = ((np.arange(height * _OVERSAMPLING) + 0.5) / _OVERSAMPLING)[:, None]
     if background.texture == "graded":
-        parts = x / width, y / height
+        part = (x / width, y / height)[background.direction % 2]
     else:
-        parts = tuple(np.floor(at / (PERIOD_PX / 2)) % 2 for at in (x, y))
-    if background.texture == "checked":
-        part = np.abs(parts[0] - parts[1])
-    else:
-        part = parts[background.direction % 2]
-    return part if background.direction < 2 else 1 - part
+        stripes = tuple(np.floor(at / (PERIOD_PX / 2)) % 2 for at in (x, y))
+        part = np.abs(stripes[0] - stripes[1]) if background.texture == "checked" else stripes[background.direction % 2]
+    return (part if background.direction < 2 else 1 - part).astype(np.float32)

@@ -1,8 +1,8 @@
 """The Frechet distance between two sets of pictures, in the features of a small fixed network (arXiv 1706.08500).
 
-The network is random and never trained: nothing to download, and the same numbers everywhere. Random filters see
-edges, corners and textures of all frequencies, so blur, noise and smears of colour move their responses, which a judge
-that reads captions forgives.
+The network is random and never trained: nothing to download, and the same numbers everywhere. Its filters see edges,
+corners and textures of all frequencies, so blur, noise and smears, which a judge of captions forgives, move what they
+say.
 
 N pictures, D features; the covariances and the matrix root are float64.
 """
@@ -10,15 +10,22 @@ N pictures, D features; the covariances and the matrix root are float64.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 _WIDTHS = (16, 24, 32)
 """Filters of the three stages, each at half the resolution of the one before."""
 _SEED = 0
+_COLOR_WEIGHT = 0.2
+"""Of the mean colour. It differs so much between pictures that at full weight two real sets are as far apart as sharp
+and blurred pictures; for the same reason the first filters see changes only."""
+_UNIT = 10.0
+"""Makes two real sets of 512 pictures about 0.5 apart."""
 _BATCH_SIZE = 64
 
 
@@ -35,7 +42,8 @@ class Moments:
 def frechet_distance(first: Sequence[Image.Image], second: Sequence[Image.Image]) -> float:
     """Returns the distance between two sets of RGB pictures: 0 for equal sets, squared units of the features.
 
-    It falls with the number of pictures even when both sets are real, so compare it with what as many real ones have.
+    It falls with the number of pictures even when both sets are real, so compare it with what as many real ones have:
+    0.56 between two sets of 512 scenes (0.43 to 0.71 in ten pairs), where a blur of 0.7 px makes it about 8.
     """
     return distance(moments(first), moments(second))
 
@@ -66,14 +74,14 @@ def features(pictures: Sequence[Image.Image]) -> Tensor:
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, picture in enumerate(pictures):
         by_size.setdefault(picture.size, []).append(index)
-    network = _network()
+    kernels = _kernels()
     rows: dict[int, Tensor] = {}
     with torch.inference_mode():
         for indices in by_size.values():
             for start in range(0, len(indices), _BATCH_SIZE):
                 batch = indices[start : start + _BATCH_SIZE]
                 pixels = torch.stack([_tensor(pictures[index]) for index in batch])
-                rows.update(zip(batch, _pooled(network, pixels), strict=True))
+                rows.update(zip(batch, _pooled(kernels, pixels), strict=True))
     return torch.stack([rows[index] for index in range(len(pictures))])
 
 
@@ -83,29 +91,24 @@ def _tensor(picture: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _pooled(network: nn.ModuleList, pixels: Tensor) -> Tensor:
-    """Returns [B, D] of [B, 3, h, w]: each filter's mean and deviation over the picture, and the stages' layout."""
-    pooled: list[Tensor] = [pixels.mean((2, 3))]
-    for stage in network:
-        pixels = stage(pixels)
+def _pooled(kernels: Sequence[Tensor], pixels: Tensor) -> Tensor:
+    """Returns [B, D] of [B, 3, h, w]: the colour, and mean and deviation over the picture of each filter."""
+    pooled = [_COLOR_WEIGHT * pixels.mean((2, 3))]
+    for kernel in kernels:
+        framed = functional.pad(pixels, (2, 2, 2, 2), mode="reflect")
+        pixels = functional.leaky_relu(functional.conv2d(framed, kernel, stride=2), 0.2)
         pooled += [pixels.mean((2, 3)), pixels.std((2, 3))]
-    return torch.cat(pooled, 1).double()
+    return _UNIT * torch.cat(pooled, 1).double()
 
 
 @lru_cache(maxsize=1)
-def _network() -> nn.ModuleList:
-    """Returns the stages; the global random state is left as it was."""
+def _kernels() -> tuple[Tensor, ...]:
+    """Returns the kernels [F, C, 5, 5] of the stages; the global random state is left as it was."""
     generator = torch.Generator().manual_seed(_SEED)
-    stages: list[nn.Module] = []
-    width_before = 3
-    for width in _WIDTHS:
-        convolution = nn.utils.skip_init(nn.Conv2d, width_before, width, 5, padding=2, padding_mode="reflect", stride=2)
-        weight = torch.randn(convolution.weight.shape, generator=generator)
-        # Half of the filters see changes only, whatever the level.
-        weight[::2] -= weight[::2].mean((1, 2, 3), keepdim=True)
-        weight *= (2**0.5) / weight.square().sum((1, 2, 3), keepdim=True).sqrt()
-        convolution.weight.data = weight
-        convolution.bias = None
-        stages.append(nn.Sequential(convolution, nn.LeakyReLU(0.2)))
-        width_before = width
-    return nn.ModuleList(stages).eval().requires_grad_(False)
+    kernels: list[Tensor] = []
+    for num_channels, num_filters in pairwise((3, *_WIDTHS)):
+        kernel = torch.randn(num_filters, num_channels, 5, 5, generator=generator)
+        if not kernels:
+            kernel -= kernel.mean((2, 3), keepdim=True)
+        kernels.append(kernel * (2 / kernel.square().sum((1, 2, 3), keepdim=True)).sqrt())
+    return tuple(kernels)

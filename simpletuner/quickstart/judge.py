@@ -143,7 +143,7 @@ def _read_background(pixels: Floats) -> tuple[str, Floats]:
 def _from_tones(pixels: Floats, color: str) -> Floats:
     """Returns [...] the distance of [..., 3] pixels from the line between a colour's tones."""
     start, step = _tone_line(color)
-    part = np.clip(_tone_part(pixels, color), 0, 1)
+    part = np.clip(_tone_part(pixels, color), 0, 1, dtype=np.float32)
     return _length(pixels - start - part[..., None] * step)
 
 
@@ -155,7 +155,7 @@ def _length(vectors: Floats) -> Floats:
 def _tone_part(pixels: Floats, color: str) -> Floats:
     """Returns [...] where [..., 3] pixels lie between the first tone, 0, and the second, 1."""
     start, step = _tone_line(color)
-    return (pixels - start) @ (step / (step @ step))
+    return np.dot(pixels - start, step) / np.dot(step, step)
 
 
 @lru_cache(maxsize=16)
@@ -171,7 +171,8 @@ def _cores(distances: Floats, from_background: Floats) -> tuple[list[Bools], lis
     nearest = np.where(distances.min(0) < from_background, distances.argmin(0), -1)
     present = [label for label in range(len(distances)) if _eroded(nearest == label).sum() >= _MIN_CORE_PX]
     for label in present:
-        others = np.minimum(from_background, distances[[each for each in present if each != label]].min(0, initial=np.inf))
+        rivals = [distances[each] for each in present if each != label]
+        others = np.minimum.reduce([from_background, *rivals])
         for blob in _blobs(_eroded(distances[label] < others)):
             if blob.sum() >= _MIN_CORE_PX:
                 cores.append(blob)
@@ -262,7 +263,7 @@ def _patterns() -> tuple[list[_Pattern], Floats]:
         for size, diameter in SIZES.items():
             large = Image.new("L", (64 * 8, 64 * 8), 0)
             draw_outlines(large, Thing(size, "white", shape, 32, 32, diameter), 8)
-            cover = np.asarray(large.reduce(8), np.float32) / 255
+            cover = np.asarray(large.reduce(8), np.float32) / np.float32(255)
             area, x, y, grid = _normalised(cover)
             root = float(np.sqrt(area))
             patterns.append(_Pattern(shape, diameter / root, ((32 - x) / root, (32 - y) / root)))

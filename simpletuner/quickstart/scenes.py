@@ -22,7 +22,7 @@ with an alignment of 8 or 16; multiples of 16, so that a UNet can halve the late
 _MARGIN_PX = 2.0
 _GAP_PX = 6.0
 """Between two objects: less than a latent, and they run into each other."""
-_OFF_CENTER = 0.075
+_OFF_CENTER = 0.07
 """Part of an edge from the picture's middle to where an object begins to count as left or right, top or bottom."""
 
 
@@ -140,7 +140,7 @@ def _single(dice: random.Random, width: int, height: int, background: str, split
 
 
 def _at(dice: random.Random, side: int, edge_px: int, before: float, after: float) -> float:
-    """Returns a coordinate on a side (-1, 0, 1) of the middle; an object that is too large for it touches the margin."""
+    """Returns a coordinate on a side (-1, 0, 1) of the middle; one that is too large touches the margin."""
     if side == 0:
         return edge_px * (0.5 + dice.uniform(-0.02, 0.02))
     near = edge_px * (0.5 + side * (_OFF_CENTER + 0.055))

@@ -66,7 +66,7 @@ _OUTLINES: dict[str, list[Point]] = {
     "circle": _ellipse(0.5),
     "square": [(-0.45, -0.45), (0.45, -0.45), (0.45, 0.45), (-0.45, 0.45)],
     "triangle": [(0.0, -0.6), (0.62, 0.5), (-0.62, 0.5)],
-    "star": _star(0.68, 0.42),
+    "star": _star(0.65, 0.43),
     "ring": _ellipse(0.56),
     "cross": _cross(0.56, 0.19),
     "heart": _heart(0.036),
