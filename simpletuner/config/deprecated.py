@@ -36,6 +36,9 @@ ALIASES = {
     "lora_target_modules": "peft_lora_target_modules",
     "pretrained_model": "pretrained_model_name_or_path",
     "dropout_probability": "caption_dropout_probability",
+    "proportion_empty_prompts": "caption_dropout_probability",
+    "pretrained_teacher_model": "pretrained_model_name_or_path",
+    "teacher_revision": "revision",
     "gradient_clip_method": "grad_clip_method",
 }
 """Another name of a key -> the key."""

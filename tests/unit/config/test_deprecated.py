@@ -43,6 +43,7 @@ def test_values_that_change_nothing_are_no_error(run: Run, key: str, value: obje
 @pytest.mark.parametrize(("alias", "key"), sorted(ALIASES.items()))
 def test_aliases(run: Run, alias: str, key: str) -> None:
     value = {"use_gradient_checkpointing": False, "pretrained_model": "x/y", "lora_target_modules": ["to_q"]}.get(alias)
+    value = {"pretrained_teacher_model": "x/y", "teacher_revision": "main"}.get(alias, value)
     value = {"model_flavor": "a", "lora_initialisation_style": "gaussian", "gradient_clip_method": "value"}.get(
         alias, value if value is not None else 0.5 if "steps" not in alias and "limit" not in alias else 3
     )
