@@ -85,12 +85,12 @@ class Draw:
     """[B] noise times at which the student is called."""
     end: Tensor | None = None
     """[B] noise times of the solver's result."""
-    middle: Tensor | None = None
-    """[B] noise times between start and end, for solvers of second order."""
     edge: Tensor | None = None
     """[B] noise times to which student and target jump."""
     w: Tensor | None = None
     """[B] float32 guidance scales in the paper's form."""
+    middle: Tensor | None = None
+    """[B] noise times between start and end, for solvers of second order."""
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Self:
         """Returns the draw with every tensor on the device."""

@@ -230,3 +230,36 @@ def test_flow_config_and_dynamic_shift_are_diffusers() -> None:
     assert isinstance(schedule, FlowSchedule)
     fixed = from_scheduler_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
     assert float(fixed.grid(2)[1]) == pytest.approx(0.75)
+
+
+def test_a_whole_number_as_floating_point_is_that_timestep() -> None:
+    t = torch.tensor([0, 1, 500, 998, 999])
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        for function in (SDXL.alpha, SDXL.sigma):
+            torch.testing.assert_close(function(t.to(dtype), dtype), function(t, dtype), rtol=rtol, atol=0)
+
+
+def test_between_two_timesteps_the_log_of_the_ratio_is_on_a_line() -> None:
+    def ratio(t: list[float] | list[int]) -> torch.Tensor:
+        times = torch.tensor(t)
+        alpha, sigma = SDXL.alpha(times, torch.float64), SDXL.sigma(times, torch.float64)
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=1e-12, atol=0)
+        return (alpha / sigma).log()
+
+    low, high = ratio([0, 19, 998]), ratio([1, 20, 999])
+    torch.testing.assert_close(ratio([0.25, 19.25, 998.25]), 0.75 * low + 0.25 * high, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 10, 40, 50, 1000])
+def test_half_way_is_the_mean_of_the_logs(num_steps: int) -> None:
+    assert isinstance(SDXL, DiscreteSchedule)
+    grid = SDXL.grid(num_steps).unique()
+    middle = SDXL.half_way(grid[1:], grid[:-1])
+    assert bool(((grid[:-1] < middle) & (middle < grid[1:])).all())
+
+    def ratio(t: torch.Tensor) -> torch.Tensor:
+        return (SDXL.alpha(t, torch.float64) / SDXL.sigma(t, torch.float64)).log()
+
+    torch.testing.assert_close(ratio(middle), (ratio(grid[1:]) + ratio(grid[:-1])) / 2, rtol=1e-10, atol=1e-12)
+    if num_steps == 50:  # far below the middle of 0 and 19, for noise rises fastest at first
+        assert float(middle[0]) == pytest.approx(3.5845, abs=1e-3)

@@ -37,6 +37,10 @@ def test_defaults_are_the_published_adapters() -> None:
         "huber_c": 0.001,
         "ema_decay": 0.95,
         "timestep_scaling_factor": 10.0,
+        "edge_policy": "origin",
+        "num_phases": 4,
+        "eta": 0.3,
+        "solver": "ddim",
     }
 
 
