@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from simpletuner.config.fields import rule_of
 from simpletuner.config.schema import resume_rules
 from simpletuner.data.identity import Ranks
 from simpletuner.plan import Plan
 from simpletuner.training import checkpoint, snapshot
 from simpletuner.training.build import Run
 from simpletuner.training.checkpoint import Loaded
-from simpletuner.training.resume_rules import compare
+from simpletuner.training.resume_rules import Rule, compare
 from simpletuner.training.state import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ def save(plan: Plan, run: Run, state: TrainState) -> None:
         tensors, values = snapshot.take(run, state)
         config = plan.config
         data = {"datasets": _datasets(plan), "processes": plan.world}
-        document = {**values, "config": config.flat(), **data, **checkpoint.provenance()}
+        asked = {"config": config.flat(), "method": _method(plan)}
+        document = {**values, **asked, **data, **checkpoint.provenance()}
         keep = config.run.checkpoints_total_limit or None
         checkpoint.save(config.run.output_dir, state.step, tensors, document, keep)
     run.accelerator.wait_for_everyone()
@@ -51,16 +53,43 @@ def find(plan: Plan, ranks: Ranks, result: Iterable[Path]) -> tuple[Loaded | Non
     if path is None:
         return None, []
     loaded = checkpoint.load(path)
-    changed = compare(loaded.state["config"], plan.config.flat(), resume_rules())
+    # The method's own options are compared one by one, by its own rules.
+    rules: dict[str, Rule] = {**resume_rules(), "distillation_config": "free"}
+    changed = [
+        *compare(loaded.state["config"], plan.config.flat(), rules),
+        *compare(loaded.state["method"], _method(plan), _method_rules(plan)),
+    ]
     if ranks.rank == 0:
         checkpoint.set_aside(run.output_dir, loaded.step)
     ranks.barrier()
     return loaded, [*changed, *_changed_data(plan, loaded)]
 
 
-def _datasets(plan: Plan) -> dict[str, Any]:  # Any: JSON
-    """Returns what a resumed run compares its data with."""
-    return {summary.config.id: {"images": summary.num_images} for summary in plan.datasets}
+def _method(plan: Plan) -> dict[str, Any]:  # Any: JSON
+    """Returns the method's own options by key, defaults included; plain fine-tuning has none beside the config's."""
+    if plan.config.distillation.distillation_method is None:
+        return {}
+    return {f"distillation_config.{key}": value for key, value in plan.method_config.model_dump(mode="json").items()}
+
+
+def _method_rules(plan: Plan) -> dict[str, Rule]:
+    """Returns what resuming with another value of the method's options means."""
+    section = type(plan.method_config)
+    rules: dict[str, Rule] = {}
+    for key in section.model_fields:
+        rule = rule_of(section, key, "resume")
+        assert rule in ("must_match", "may_change", "free"), key
+        rules[f"distillation_config.{key}"] = rule
+    return rules
+
+
+def _datasets(plan: Plan) -> dict[str, dict[str, Any]]:  # Any: JSON
+    """Returns what a resumed run compares its data with: all that the order of an epoch depends on."""
+    keys = ("train_batch_size", "repeats", "probability")
+    return {
+        summary.config.id: {"images": summary.num_images, **{key: getattr(summary.config, key) for key in keys}}
+        for summary in plan.datasets
+    }
 
 
 def _changed_data(plan: Plan, loaded: Loaded) -> list[str]:
@@ -68,11 +97,16 @@ def _changed_data(plan: Plan, loaded: Loaded) -> list[str]:
     before, now = loaded.state["datasets"], _datasets(plan)
     processes = loaded.state["processes"]
     batches = f"{processes} processes until the checkpoint, {plan.world} from here on: the order of the epoch changes"
-    return [batches] * (processes != plan.world) + [
-        f"dataset '{name}': {before.get(name, {}).get('images', 'no')} images until the checkpoint, "
-        f"{now.get(name, {}).get('images', 'no')} from here on: the order of the epoch changes"
+    keys = ("images", "train_batch_size", "repeats", "probability")
+    pairs = [
+        (name, key, before.get(name, {}).get(key, "none"), now.get(name, {}).get(key, "none"))
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        for key in (keys if name in before and name in now else keys[:1])
+    ]
+    return [batches] * (processes != plan.world) + [
+        f"dataset '{name}': {key} {then} until the checkpoint, {later} from here on: the order of the epoch changes"
+        for name, key, then, later in pairs
+        if then != later
     ]
 
 

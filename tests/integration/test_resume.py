@@ -148,6 +148,15 @@ def test_what_may_change_is_said(project: Project, caplog: pytest.LogCaptureFixt
     assert [row["learning_rate"] for row in project.rows()] == [0.01, 0.01, 0.005]
 
 
+def test_the_methods_own_options_follow_their_own_rules(project: Project, caplog: pytest.LogCaptureFixture):
+    two_steps(project, distillation_config={"num_ddim_timesteps": 50, "w_min": 2.0, "w_max": 4.0})
+    with pytest.raises(UserError, match="distillation_config.num_ddim_timesteps: .* made with 50, the config says 25"):
+        project.train(max_train_steps=3, distillation_config={"num_ddim_timesteps": 25})
+    with caplog.at_level(logging.INFO):
+        project.train(max_train_steps=3, distillation_config={"w_min": 3.0, "w_max": 4.0})
+    assert "distillation_config.w_min: 2.0 until the checkpoint, 3.0 from here on" in caplog.text
+
+
 def test_more_steps_continue(project: Project):
     two_steps(project)
     assert project.train(max_train_steps=4).step == 4
@@ -229,7 +238,7 @@ def test_another_number_of_images_is_said(project: Project, caplog: pytest.LogCa
     project.datasets[0]["instance_data_dir"] = str(pictures)
     with caplog.at_level(logging.INFO):
         project.train(max_train_steps=3, cache_dir=str(tmp_path / "cache"))
-    assert "dataset 'pictures': 6 images until the checkpoint, 5 from here on" in caplog.text
+    assert "dataset 'pictures': images 6 until the checkpoint, 5 from here on" in caplog.text
 
 
 def test_another_number_of_processes_is_said(project: Project, caplog: pytest.LogCaptureFixture):
