@@ -25,6 +25,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "v_prediction",
         {"loss_type": "huber", "num_ddim_timesteps": 40, "w_min": 7.5, "w_max": 7.5},
     ),
+    "pcm epsilon cauchy": ("pcm", "epsilon", {"loss_type": "cauchy", "huber_c": 0.1}),
+    "tcd v dpm2s": ("tcd", "v_prediction", {"solver": "dpm2s", "num_ddim_timesteps": 40}),
     "sft epsilon": ("sft", "epsilon", {}),
     "sft v min-SNR offset": ("sft", "v_prediction", {"snr_gamma": 5.0, "offset_noise": True}),
     "sft flow huber": ("sft", "flow_prediction", {"loss_type": "huber"}),
