@@ -1,10 +1,11 @@
 # pyright: reportArgumentType=false, reportPrivateImportUsage=false, reportUnknownMemberType=false
 # (diffusers declares tuple[int] where it takes tuples of any length)
-"""A complete SDXL in a few megabytes: every component of the real one with random weights, as a diffusers folder.
+"""Complete SDXLs in a few megabytes: every component of the real one, with random weights, as a diffusers folder.
 
-It runs through the code that every user's model runs through. Its pictures are noise until it has been trained.
+They run through the code that every user's model runs through. Their pictures are noise until they have been trained.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,51 @@ from simpletuner.atomic import new_folder
 from simpletuner.quickstart.vocabulary import make_tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-_TEXT_WIDTHS = (32, 64)
-"""Of the two text encoders: different, as in SDXL, where 768 and 1280 tell them apart in a single file."""
-_TIME_ID_WIDTH = 16
+    Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
+    TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of all components."""
+
+    vae_channels: tuple[int, int, int, int]
+    """One level more than halvings: the latents are an eighth of the picture."""
+    text_widths: tuple[int, int]
+    """Different, as in SDXL, where 768 and 1280 tell the encoders of a single file apart."""
+    text_layers: int
+    """The UNet is shown the layer before the last."""
+    unet_channels: tuple[int, int]
+    unet_heads: tuple[int, int]
+    """Attention heads of each level; only the second level has attention."""
+    num_tokens: int = 77
+    norm_groups: int = 8
+    time_id_width: int = 16
+    """Of the embedding of each of the six numbers that tell the picture's geometry."""
+    sample_size_px: int = 64
+
+
+TINY = Architecture((8, 16, 16, 16), (32, 64), text_layers=2, unet_channels=(32, 64), unet_heads=(2, 4))
+"""1.3 million parameters: for tests, where what is drawn does not matter."""
+TEACHER = Architecture(
+    # More than (16, 32, 32, 48), which rounded the corners of squares and small stars off.
+    (16, 32, 48, 64),
+    (48, 80),
+    text_layers=3,
+    unet_channels=(64, 128),
+    unet_heads=(4, 8),
+    # The longest caption has 16; with 77 a training step takes a fifth longer and text features 2.4 times the space.
+    num_tokens=32,
+    norm_groups=16,
+)
+"""5.4 million parameters: the smallest that learnt to draw the quickstart's scenes (config/examples/teacher)."""
 
 
 def write_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Writes the model into a folder, once, and returns the folder; the weights are a function of the seed.
+    """Writes the tiny model into a folder, once, and returns the folder; the weights are a function of the seed.
 
     The folder appears whole or not at all.
     """
@@ -34,58 +70,69 @@ def write_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -
     return folder
 
 
-def make_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> "StableDiffusionXLPipeline":
-    """Returns the model as a pipeline, on the CPU in float32; the global random state is left as it was."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+def make_pipeline(
+    prediction_type: str = "epsilon", seed: int = 0, architecture: Architecture = TINY
+) -> "StableDiffusionXLPipeline":
+    """Returns a model as a pipeline, on the CPU in float32; the global random state is left as it was."""
+    from diffusers import StableDiffusionXLPipeline
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizers = make_tokenizer(), make_tokenizer(pad_token="!")  # SDXL pads its second encoder with "!"
-        text = _make_text_encoders(tokenizers[0])
+        tokenizers = make_tokenizers(architecture)
+        text_encoders = make_text_encoders(architecture, tokenizers[0])
         return StableDiffusionXLPipeline(
-            vae=_make_vae(),
-            text_encoder=text[0],
-            text_encoder_2=text[1],
+            vae=make_vae(architecture),
+            text_encoder=text_encoders[0],
+            text_encoder_2=text_encoders[1],
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
-            unet=_make_unet(),
-            scheduler=EulerDiscreteScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                prediction_type=prediction_type,
-                steps_offset=1,
-                timestep_spacing="leading",
-            ),
+            unet=make_unet(architecture),
+            scheduler=make_scheduler(prediction_type),
             add_watermarker=False,
         )
 
 
-def _make_unet() -> "UNet2DConditionModel":
-    from diffusers import UNet2DConditionModel
+def make_scheduler(prediction_type: str = "epsilon") -> "EulerDiscreteScheduler":
+    """Returns SDXL's own scheduler."""
+    from diffusers import EulerDiscreteScheduler
 
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        norm_num_groups=8,
-        use_linear_projection=True,
-        cross_attention_dim=sum(_TEXT_WIDTHS),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=_TIME_ID_WIDTH,
-        projection_class_embeddings_input_dim=6 * _TIME_ID_WIDTH + _TEXT_WIDTHS[1],
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        steps_offset=1,
+        timestep_spacing="leading",
     )
 
 
-def _make_vae() -> "AutoencoderKL":
+def make_unet(architecture: Architecture) -> "UNet2DConditionModel":
+    """Returns a UNet with SDXL's conditioning, its weights drawn from the global random state."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=architecture.sample_size_px // 8,
+        block_out_channels=architecture.unet_channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=architecture.unet_heads,  # diffusers' name for their number
+        norm_num_groups=architecture.norm_groups,
+        use_linear_projection=True,
+        cross_attention_dim=sum(architecture.text_widths),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=architecture.time_id_width,
+        projection_class_embeddings_input_dim=6 * architecture.time_id_width + architecture.text_widths[1],
+    )
+
+
+def make_vae(architecture: Architecture) -> "AutoencoderKL":
+    """Returns a VAE with SDXL's scaling factor, its weights drawn from the global random state."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        sample_size=64,
-        block_out_channels=(8, 16, 16, 16),
+        sample_size=architecture.sample_size_px,
+        block_out_channels=architecture.vae_channels,
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -95,7 +142,16 @@ def _make_vae() -> "AutoencoderKL":
     )
 
 
-def _make_text_encoders(tokenizer: "CLIPTokenizer") -> "tuple[CLIPTextModel, CLIPTextModelWithProjection]":
+def make_tokenizers(architecture: Architecture) -> "Tokenizers":
+    """Returns both tokenizers; SDXL pads its second encoder's texts with "!"."""
+    tokenizers = make_tokenizer(), make_tokenizer(pad_token="!")
+    for tokenizer in tokenizers:
+        tokenizer.model_max_length = architecture.num_tokens
+    return tokenizers
+
+
+def make_text_encoders(architecture: Architecture, tokenizer: "CLIPTokenizer") -> "TextEncoders":
+    """Returns both text encoders, their weights drawn from the global random state."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     def _config(width: int, activation: str) -> Any:  # Any: transformers' configs are untyped
@@ -104,13 +160,15 @@ def _make_text_encoders(tokenizer: "CLIPTokenizer") -> "tuple[CLIPTextModel, CLI
             hidden_size=width,
             intermediate_size=4 * width,
             projection_dim=width,
-            num_hidden_layers=2,
+            num_hidden_layers=architecture.text_layers,
             num_attention_heads=2,
+            max_position_embeddings=architecture.num_tokens,
             hidden_act=activation,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
 
-    first, second = (_config(width, act) for width, act in zip(_TEXT_WIDTHS, ("quick_gelu", "gelu"), strict=True))
+    activations = ("quick_gelu", "gelu")
+    first, second = (_config(width, name) for width, name in zip(architecture.text_widths, activations, strict=True))
     return CLIPTextModel(first).eval(), CLIPTextModelWithProjection(second).eval()

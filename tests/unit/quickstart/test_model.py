@@ -2,7 +2,7 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.quickstart.model import make_pipeline, write_model
+from simpletuner.quickstart.model import TEACHER, make_pipeline, make_tokenizers, write_model
 from simpletuner.quickstart.scenes import make_scene
 from simpletuner.quickstart.vocabulary import WORDS, make_tokenizer
 
@@ -51,3 +51,14 @@ def test_words_are_single_tokens_and_any_text_can_be_written():
     tokens = tokenizer(make_scene(0, 8).caption).input_ids
     assert len(tokens) <= 77
     assert tokens[-1] == max(tokens) == tokenizer.eos_token_id == len(tokenizer) - 1
+
+
+def test_teacher_is_small_enough_for_the_repository_and_reads_whole_captions():
+    pipeline = make_pipeline(architecture=TEACHER)
+    networks = (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+    assert 2 * sum(value.numel() for network in networks for value in network.state_dict().values()) < 12e6
+    for tokenizer in make_tokenizers(TEACHER):
+        lengths = [len(tokenizer(make_scene(0, index).caption).input_ids) for index in range(500)]
+        assert max(lengths) <= TEACHER.num_tokens == tokenizer.model_max_length
+    tokens = pipeline.encode_prompt("a small red star left of a large blue ring on a yellow background")[0]
+    assert tokens.shape == (1, TEACHER.num_tokens, sum(TEACHER.text_widths))

@@ -1,0 +1,118 @@
+"""Puts the trained UNet into the model it started from, in fp16, and lets the judge look at what it draws.
+
+Usage:
+
+    python config/examples/teacher/assemble.py [--folder output/teacher] [--pictures 256] [--threads 2]
+
+Writes ``model``, an ordinary diffusers folder, and ``scores.json`` into the folder.
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+
+from simpletuner.atomic import files_into, new_folder
+from simpletuner.quickstart.drawing import render
+from simpletuner.quickstart.judge import accuracy
+from simpletuner.quickstart.scenes import Scene, Split, make_prompt
+
+NUM_STEPS, GUIDANCE_SCALE = 25, 3.0
+PROMPTS_SEED = 0
+_BATCH = 32
+
+
+def main() -> None:
+    """Assembles, where there is no model yet, and measures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("output/teacher"))
+    parser.add_argument("--unet", type=Path, help="folder of the trained UNet; default: what the run left")
+    parser.add_argument("--pictures", type=int, default=256, help="of each kind")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = arguments.folder / "model"
+    if not model.exists():
+        assemble(arguments.folder / "start", arguments.unet or arguments.folder / "run", model)
+    with files_into(arguments.folder) as made:
+        scores = json.dumps(measure(model, arguments.pictures), indent=1)
+        (made / "scores.json").write_text(scores + "\n", encoding="utf8")
+    print(scores)
+
+
+def assemble(start: Path, unet: Path, model: Path) -> None:
+    """Writes the model with its UNet, all in fp16."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(start, use_safetensors=True, add_watermarker=False)
+    pipeline.register_modules(unet=UNet2DConditionModel.from_pretrained(unet, use_safetensors=True))
+    with new_folder(model) as made:
+        pipeline.to(dtype=torch.float16).save_pretrained(made)
+
+
+def measure(model: Path, num_pictures: int) -> dict[str, Any]:  # Any: JSON
+    """Returns how many pictures are right: as drawn, through the VAE, and drawn by the model from seen and unseen."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, add_watermarker=False)
+    pipeline.to(dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = [make_prompt(PROMPTS_SEED, index) for index in range(num_pictures)]
+    drawn = [render(scene) for scene in scenes]
+    scores = {
+        "num_inference_steps": NUM_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "generator": _score(drawn, scenes),
+        "vae": _score([reconstruct(pipeline.vae, picture) for picture in drawn], scenes),
+    }
+    splits: tuple[Split, ...] = ("train", "unseen")
+    for split in splits:
+        scenes = [make_prompt(PROMPTS_SEED, index, split) for index in range(num_pictures)]
+        started = time.perf_counter()
+        pictures = sample(pipeline, scenes)
+        scores[f"samples, {split}"] = _score(pictures, scenes)
+        print(f"drew {len(pictures)} pictures in {time.perf_counter() - started:.0f} s", flush=True)
+    return scores
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, picture: Image.Image) -> Image.Image:
+    """Returns the picture as it comes back from its latents' mean."""
+    pixels = torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample[0]
+    rounded = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    return Image.fromarray(rounded.numpy())
+
+
+def sample(pipeline: StableDiffusionXLPipeline, scenes: list[Scene]) -> list[Image.Image]:
+    """Returns a picture for each scene's caption, in the scene's size; the noise is a function of the scene's place."""
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, scene in enumerate(scenes):
+        by_size[scene.width, scene.height].append(index)
+    pictures: dict[int, Image.Image] = {}
+    for (width, height), indices in by_size.items():
+        for start in range(0, len(indices), _BATCH):
+            batch = indices[start : start + _BATCH]
+            drawn = pipeline(
+                [scenes[index].caption for index in batch],
+                width=width,
+                height=height,
+                num_inference_steps=NUM_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=[torch.Generator().manual_seed(index) for index in batch],
+            )
+            pictures |= dict(zip(batch, drawn.images, strict=True))
+    return [pictures[index] for index in range(len(scenes))]
+
+
+def _score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, Any]:  # Any: JSON
+    result = accuracy(pictures, scenes)
+    attributes = {name: round(part, 4) for name, part in result.attributes.items()}
+    return {"num_pictures": result.num_pictures, "all_right": round(result.all_right, 4), **attributes}
+
+
+if __name__ == "__main__":
+    main()
