@@ -1,10 +1,15 @@
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from simpletuner import registry
 from simpletuner.config.schema import ObjectiveSection
+from simpletuner.distillers._base import RunFacts
+from simpletuner.distillers.lcm import LCMConfig
 from simpletuner.randomness import Randomness
 from simpletuner.schedules import from_scheduler_config
 from tests.parity.toy import SDXL_SCHEDULER, ToyNetwork, add_lora, toy_batch, toy_setup
@@ -37,9 +42,32 @@ def test_the_method_in_the_documentation_works() -> None:
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
 
 
-def test_the_page_on_lcm_names_every_option_and_its_default() -> None:
-    from simpletuner.distillers.lcm import LCMConfig
+@pytest.mark.parametrize("name", ["pcm", "tcd"])
+def test_the_pages_on_lcms_kin_name_what_differs(name: str) -> None:
+    page = (DOCUMENTATION / "distillers" / f"{name.upper()}.md").read_text()
+    config, _ = registry.load("distillers", name).configure({}, ObjectiveSection())
+    plain = LCMConfig().model_dump()
+    differing = {key: value for key, value in config.model_dump().items() if value != plain[key]}
+    assert differing.keys() >= {"edge_policy"}
+    for key, value in differing.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{key}`")]
+        assert str(value) in row, key
+    (given,) = re.findall(r"```json\n(.*?)```", page, re.S)
+    assert json.loads(given)["distillation_method"] == name
+    plugin = registry.load("distillers", name)
+    config, notices = plugin.configure(json.loads(given)["distillation_config"], ObjectiveSection())
+    steps = plugin.defaults(config, "lora").validation_num_inference_steps
+    schedule = from_scheduler_config(SDXL_SCHEDULER)
+    assert notices + plugin.check(config, RunFacts("lora", "epsilon", schedule, steps, 0.0)) == []
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    compile(code, name, "exec")
+    method = plugin(toy_setup(config, schedule, "epsilon", add_lora(ToyNetwork())))
+    scheduler, arguments = method.sampling(SDXL_SCHEDULER)
+    assert type(scheduler).__name__ in code
+    assert {f"{key}={value:g}" for key, value in arguments.items()} <= set(re.findall(r"\w+=[\d.]+", code))
 
+
+def test_the_page_on_lcm_names_every_option_and_its_default() -> None:
     page = (DOCUMENTATION / "distillers" / "LCM.md").read_text()
     for key, value in LCMConfig().model_dump().items():
         (row,) = [line for line in page.splitlines() if line.startswith("| ") and f"`{key}`" in line]
