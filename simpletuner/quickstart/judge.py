@@ -24,8 +24,8 @@ Bools = npt.NDArray[np.bool_]
 
 _PALETTE: Floats = np.array(list(COLORS.values()), np.float32)
 _MIN_CORE_PX = 25
-"""Pixels of one colour whose four neighbours have it too, of which an object has at least so many: twice as many are
-left of the smallest, and none of a blurred edge, whose colours lie between two others."""
+"""Pixels of one colour whose four neighbours have it too, of which an object has at least so many. The smallest star
+has 146, and a blurred edge, whose colours lie between two others, none."""
 _REACH_PX = 6
 """How far an object reaches from its core: the tips of a star have none."""
 _OTHERS_REACH_PX = 3

@@ -105,9 +105,9 @@ def test_a_smear_is_no_shape():
     assert (thing.color, thing.shape, thing.size) == ("red", None, None)
 
 
-def test_two_hundred_pictures_take_less_than_a_second_of_one_core(pictures: list[Image.Image]):
+def test_two_hundred_pictures_take_less_than_two_seconds_of_one_core(pictures: list[Image.Image]):
     read(pictures[0])
     start = time.process_time()
     for picture in pictures[:200]:
         read(picture)
-    assert time.process_time() - start < 2  # 0.55 on the machine this was written on; others share theirs
+    assert time.process_time() - start < 2  # 0.6 on an idle core; a shared one is slower
