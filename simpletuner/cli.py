@@ -1,6 +1,7 @@
-"""The command line: ``simpletuner train | plan | cache | quickstart``.
+"""The command line: ``simpletuner train | plan | cache | quickstart | convert-command``.
 
-Every command takes ``--config PATH`` (a config.json or its folder) and overrides such as ``--max_train_steps 100``.
+train, plan and cache take ``--config PATH`` (a config.json or its folder) and overrides such as
+``--max_train_steps 100``.
 A mistake of the user is printed as plain lines and ends with status 2; a run that was stopped by a signal with 128 plus
 its number, as a shell counts it.
 """
@@ -65,6 +66,22 @@ def cache(context: typer.Context, config: _ConfigPath = None) -> None:
     from simpletuner.run import fill_cache
 
     fill_cache(_read(context, config))
+
+
+@app.command()
+def convert_command(
+    command: Annotated[str, typer.Argument(help="The command line, in quotes; - reads it from stdin.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write the two files into.")] = None,
+) -> None:
+    """Turn a command line of diffusers' latent consistency scripts into the two files of a run."""
+    from simpletuner.convert.rules import advice, convert, text_of, write
+
+    converted = convert(sys.stdin.read() if command == "-" else command, os.environ)
+    if output is None:
+        print(text_of(converted))
+    else:
+        write(converted, output)
+        print(advice(converted, str(output)))
 
 
 def _read(context: typer.Context, path: Path | None) -> Config:

@@ -22,6 +22,7 @@ _INHERITED = (
     "aspect_bucket_rounding",
     "caption_strategy",
     "instance_prompt",
+    "random_flip",
     "vae_batch_size",
     "write_batch_size",
     "vae_cache_disable",

@@ -209,7 +209,7 @@ _DATASET_TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
     ("error", "conditioning data is not built"): (
         "conditioning conditioning_data conditioning_type conditioning_config source_dataset_id mask_data"
     ),
-    ("error", "images are not flipped; remove the key"): "flip horizontal_flip random_flip",
+    ("error", "the key is random_flip"): "flip horizontal_flip",
     ("error", "video and audio are not built"): "video audio num_frames min_frames max_frames is_i2v frame_interval",
     ("error", "it is a key of config.json, not of a dataset"): (
         "validation_prompt learning_rate caption_dropout_probability seed model_family"
