@@ -12,10 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.integration.conftest import SETTINGS, Project
-from tests.integration.test_result import FRESH, LCM, SFT, differ, picture
+from tests.integration.test_result import FRESH, differ, picture
 from tests.tiny import tiny_sd1x
 
 ADAPTER = "pytorch_lora_weights.safetensors"
+LCM: dict[str, Any] = {"validation_prompt": "a red picture with a circle", "lora_alpha": 10}
+SFT: dict[str, Any] = LCM | {
+    "distillation_method": None,
+    "distillation_config": None,
+    "validation_num_inference_steps": 3,
+}
 RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "1.x": (1, "epsilon", LCM),
     "2.x": (2, "v_prediction", LCM | {"mixed_precision": "bf16"}),
