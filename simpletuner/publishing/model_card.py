@@ -17,6 +17,8 @@ class CardFacts:
     title: str
     base_model: str
     """Hub id or path, as the config names it."""
+    base_config: str | None
+    """Folder or hub id with the component configs of a base model that is a single file; None: diffusers guesses."""
     here: str
     """Where a reader finds the files: the repository on the hub, or output_dir."""
     pipeline: str
@@ -77,12 +79,15 @@ def inference_code(facts: CardFacts) -> str:
         "",
         f"dtype = {_DTYPES[facts.dtype]}",
     ]
-    base = f"{facts.base_model!r}, torch_dtype=dtype"
+    single_file = facts.base_model.endswith(".safetensors")
+    arguments_of_base = [repr(facts.base_model)]
+    if single_file and facts.base_config is not None:
+        arguments_of_base.append(f"config={facts.base_config!r}")
     if facts.network is not None:
         lines.append(f"network = {facts.network}.from_pretrained({facts.here!r}, torch_dtype=dtype)")
-        base = f"{facts.base_model!r}, unet=network, torch_dtype=dtype"
-    loader = "from_single_file" if facts.base_model.endswith(".safetensors") else "from_pretrained"
-    lines.append(f"pipeline = {facts.pipeline}.{loader}({base})")
+        arguments_of_base.append("unet=network")
+    loader = "from_single_file" if single_file else "from_pretrained"
+    lines.append(f"pipeline = {facts.pipeline}.{loader}({', '.join([*arguments_of_base, 'torch_dtype=dtype'])})")
     if facts.network is None:
         lines.append(f"pipeline.load_lora_weights({facts.here!r})")
     lines += [

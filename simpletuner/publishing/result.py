@@ -87,6 +87,7 @@ def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
     return CardFacts(
         title=f"{name}, {method}",
         base_model=plan.source.path,
+        base_config=plan.source.single_file_config,
         here=on_hub or str(config.run.output_dir),
         pipeline=run.family.pipeline_class,
         network=None if run.has_adapter else type(run.module).__name__,
