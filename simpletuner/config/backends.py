@@ -46,9 +46,7 @@ class DatasetConfig(Section):
         "may_change",
         "Aspect ratio of a crop: a square, the image's own, or the closest of crop_aspect_buckets.",
     )
-    random_flip: bool = setting(
-        False, "may_change", "Show each image mirrored in half of its turns.", inert="images are not flipped yet"
-    )
+    random_flip: bool = setting(False, "may_change", "Show each image mirrored in half of its turns.")
     crop_aspect_buckets: tuple[float, ...] = setting((), "may_change", "Aspect ratios (w / h) for crop_aspect closest.")
     caption_strategy: CaptionStrategy = setting("textfile", "may_change", "Where captions come from.")
     instance_prompt: str | None = setting(None, "may_change", "Caption of every image, for instanceprompt.")

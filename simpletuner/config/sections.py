@@ -242,9 +242,7 @@ class DataSection(Section):
     caption_dropout_probability: float = setting(
         0.0, "may_change", "Share of samples that are trained without their caption.", ge=0, le=1
     )
-    random_flip: bool = setting(
-        False, "may_change", "Show each image mirrored in half of its turns.", inert="images are not flipped yet"
-    )
+    random_flip: bool = setting(False, "may_change", "Show each image mirrored in half of its turns.")
     vae_batch_size: int = setting(4, "free", "Images that the VAE encodes at once.", ge=1)
     write_batch_size: int = setting(128, "free", "Entries of one cache file.", ge=1)
     max_train_samples: int | None = setting(None, "may_change", "Use so many images of each dataset only.", ge=1)

@@ -35,8 +35,9 @@ class _Images:
     ids: tuple[str, ...]
     starts: tuple[int, ...]
     geometry: npt.NDArray[np.float32]
+    """[ways, n, 6]; ways is 2 where images are shown mirrored too, otherwise 1."""
     latents: npt.NDArray[np.int32]
-    """[n, 2] shard and row."""
+    """[ways, n, 2] shard and row."""
     caption_starts: npt.NDArray[np.int64]
     """[n + 1] where in ``captions`` an image's own begin."""
     captions: npt.NDArray[np.int32]
@@ -122,14 +123,17 @@ class CachedDataset:
         images = self._images[draw.dataset]
         rows = images.starts[draw.bucket] + draw.members[mine.start : mine.stop]
         positions = torch.arange(mine.start, mine.stop) + draw.first_sample
-        moments = [images.reader.row(*images.latents[row].tolist()) for row in rows]
+        ways = np.zeros(len(rows), np.int64)
+        if len(images.latents) > 1:
+            ways = self._randomness.integers("flip", positions, len(images.latents)).numpy()
+        moments = [images.reader.row(*place) for place in images.latents[ways, rows].tolist()]
         cond, dropped = self._cond(images, rows, positions)
         batch = Batch(
             mean=torch.stack([moment["mean"] for moment in moments]),
             std=torch.stack([moment["std"] for moment in moments]) if "std" in moments[0] else None,
             cond=cond,
             dropped=dropped,
-            geometry=torch.from_numpy(images.geometry[rows]),  # pyright: ignore[reportUnknownMemberType]
+            geometry=torch.from_numpy(images.geometry[ways, rows]),  # pyright: ignore[reportUnknownMemberType]
             position=positions,
             weight=torch.full((len(rows),), 0.0 if filler else 1.0),
             ids=tuple(images.ids[row] for row in rows),
@@ -160,19 +164,20 @@ def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, .
     manifest, index = cache.manifests[number], cache.latents[number]
     paths = manifest.ids
     rows: list[int] = []
-    keys: list[str] = []
+    keys: list[tuple[str, ...]] = []
     geometry: list[npt.NDArray[np.float32]] = []
     starts = [0]
     problems: dict[str, list[str]] = {}
     for kept in cache.buckets[number]:
-        usable = [place for place, key in enumerate(kept.keys) if key in index.rows]
-        for place, key in enumerate(kept.keys):
-            if key not in index.rows:
-                reason = index.bad.get(key, "could not be read when it was to be encoded")
-                problems.setdefault(reason, []).append(paths[kept.bucket.entries[place]])
+        ways = [kept, kept.mirrored] if kept.mirrored else [kept]
+        together = list(zip(*(way.keys for way in ways), strict=True))
+        usable = [place for place, own in enumerate(together) if all(key in index.rows for key in own)]
+        for place in sorted({*range(len(together))} - {*usable}):
+            reason = index.bad.get(kept.keys[place], "could not be read when it was to be encoded")
+            problems.setdefault(reason, []).append(paths[kept.bucket.entries[place]])
         rows.extend(int(kept.bucket.entries[place]) for place in usable)
-        keys.extend(kept.keys[place] for place in usable)
-        geometry.append(kept.geometry[usable])
+        keys.extend(together[place] for place in usable)
+        geometry.append(np.stack([way.geometry[usable] for way in ways]))
         starts.append(len(rows))
     all_captions = manifest.captions
     captions = [all_captions[row] for row in rows]
@@ -180,8 +185,8 @@ def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, .
     images = _Images(
         ids=tuple(paths[row] for row in rows),
         starts=tuple(starts),
-        geometry=np.concatenate(geometry),
-        latents=np.asarray([index.rows[key] for key in keys], np.int32).reshape(-1, 2),
+        geometry=np.concatenate(geometry, axis=1),
+        latents=np.asarray([[index.rows[key] for key in way] for way in zip(*keys, strict=True)], np.int32),
         caption_starts=np.cumsum([0, *map(len, captions)], dtype=np.int64),
         captions=np.asarray(flat, np.int32).reshape(-1, 2),
         reader=Reader(index.shards),

@@ -85,6 +85,11 @@ def latent_key(content: str, cut: Sequence[int], target: Size) -> str:
     return digest(content, f"{cut[0]}x{cut[1]}-{cut[2]}-{cut[3]}-{target[0]}x{target[1]}")
 
 
+def mirrored_key(key: str) -> str:
+    """Returns the key of the latents of the mirrored image; they are encoded, for mirrored latents are no image's."""
+    return digest(key, "mirrored") if key else ""
+
+
 @dataclass(frozen=True, eq=False)
 class KeyedBucket:
     """A bucket with the keys of its latents."""
@@ -94,6 +99,8 @@ class KeyedBucket:
     """One an entry; "" where the content is not known."""
     geometry: npt.NDArray[np.float32]
     """[n, 6] original height, width; crop top, left; target height, width."""
+    mirrored: "KeyedBucket | None" = None
+    """The same images mirrored, where the dataset shows them so too; what is cut off on the right is then on the left."""
 
 
 def keyed_buckets(manifest: Manifest) -> list[KeyedBucket]:
@@ -111,7 +118,12 @@ def keyed_buckets(manifest: Manifest) -> list[KeyedBucket]:
         )
         target = np.tile(bucket.target[::-1], (len(ids), 1))
         numbers = np.concatenate([np.stack([height, width, cut[:, 3], cut[:, 2]], axis=1), target], axis=1)
-        found.append(KeyedBucket(bucket, keys, numbers.astype(np.float32)))
+        mirrored = None
+        if dataset.random_flip:
+            left = (cut[:, 0] - cut[:, 2] - bucket.target[0])[:, None]
+            flipped = np.concatenate([numbers[:, :3], left, numbers[:, 4:]], axis=1).astype(np.float32)
+            mirrored = KeyedBucket(bucket, tuple(map(mirrored_key, keys)), flipped)
+        found.append(KeyedBucket(bucket, keys, numbers.astype(np.float32), mirrored))
     return found
 
 

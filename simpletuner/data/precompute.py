@@ -175,10 +175,12 @@ def outstanding(
 def _missing_by_bucket(manifest: Manifest, index: Index) -> list[tuple[Bucket, int]]:
     """Returns the buckets, and how many of the latents of each are not in the index."""
     if not index.rows and not index.bad:  # nothing to look up: the keys of a million images take seconds to make
-        return [(bucket, len(bucket)) for bucket in assign(manifest)]
+        upright = [(bucket, len(bucket)) for bucket in assign(manifest)]
+        return upright * 2 if manifest.dataset.random_flip else upright
+    ways = [way for kept in keyed_buckets(manifest) for way in (kept, kept.mirrored) if way]
     return [
-        (kept.bucket, sum(not key or (key not in index.rows and key not in index.bad) for key in kept.keys))
-        for kept in keyed_buckets(manifest)
+        (way.bucket, sum(not key or (key not in index.rows and key not in index.bad) for key in way.keys))
+        for way in ways
     ]
 
 
@@ -203,15 +205,18 @@ class _Shard:
     target: Size
     keys: Sequence[str]
     rows: Sequence[int]
+    mirrored: bool
 
 
 def _missing_latents(store: Store, manifest: Manifest, buckets: Iterable[KeyedBucket]) -> Iterator[_Shard]:
     """Yields the shards to encode: the missing latents of each bucket, ``write_batch_size`` to a shard."""
     index = store.index()
-    for kept in buckets:
+    upright = list(buckets)
+    ways = [(kept, False) for kept in upright] + [(kept.mirrored, True) for kept in upright if kept.mirrored]
+    for kept, mirrored in ways:
         row_of = dict(zip(reversed(kept.keys), reversed(kept.bucket.entries.tolist()), strict=True))
         for keys in _chunks(index.missing(filter(None, kept.keys)), manifest.dataset.write_batch_size):
-            yield _Shard(store, manifest, kept.bucket.target, keys, [row_of[key] for key in keys])
+            yield _Shard(store, manifest, kept.bucket.target, keys, [row_of[key] for key in keys], mirrored)
 
 
 def _encode_latents(shards: Sequence[_Shard], encoding: Encoding, progress: Progress | None) -> None:
@@ -249,7 +254,8 @@ def _decode(backend: Backend, shard: _Shard, row: int) -> Tensor | str | None:
         return None  # it was changed since it was identified: the next start finds it under its new key
     try:
         cut = geometry(shard.manifest.dataset, entry["path"], entry["width"], entry["height"])
-        return to_pixels(open_rgb(io.BytesIO(content)), cut)
+        pixels = to_pixels(open_rgb(io.BytesIO(content)), cut)
+        return pixels.flip(-1) if shard.mirrored else pixels
     except BadImage as error:
         return str(error)
 
