@@ -1,6 +1,7 @@
 """The whole way of a run: scan, plan, cache, build, train, publish; each arrow is one call."""
 
 import logging
+import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -93,9 +94,11 @@ def fill_cache(config: Config) -> Cache:
 
 
 def _quieten_libraries() -> None:
-    """Silences progress bars of milliseconds, and a warning about torchvision, which nothing here needs."""
+    """Silences progress bars of milliseconds, and warnings that nobody here can do anything about."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # accelerate 1.15 always passes what torch 2.13 wants to be called otherwise.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 
 def _plan(config: Config, accelerator: Accelerator) -> Plan:

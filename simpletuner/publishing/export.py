@@ -43,7 +43,7 @@ def write_network(folder: Path, module: nn.Module) -> None:
     """Writes a network's config and weights, in its own dtype and as the variant fp16."""
     with files_into(folder) as temporary:
         _diffusers(module).save_pretrained(temporary, safe_serialization=True)
-        half = copy.deepcopy(module).to("cpu", torch.float16)
+        half = nn.Module.to(copy.deepcopy(module), "cpu", torch.float16)  # diffusers' own warns, with nothing to say
         _diffusers(half).save_pretrained(temporary, safe_serialization=True, variant="fp16")
 
 

@@ -74,7 +74,9 @@ class Run:
         # Families refuse to encode in float16, where many a VAE overflows; pipelines know how to decode with it.
         full = self.family.load_encoders(self.source, self.accelerator.device, torch.float32, frozenset[Part]({"vae"}))
         assert full.vae is not None
-        return full.vae.to(dtype)
+        return nn.Module.to(
+            full.vae, dtype
+        )  # diffusers' own warns of modules to be kept in float32, of which it has none
 
 
 def make_accelerator() -> Accelerator:

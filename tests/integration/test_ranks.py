@@ -46,6 +46,7 @@ def both(
         pair = project.at(folder / "two")
         done = pair.launch(2, train_batch_size=2)
         assert done.returncode == 0, done.stderr
+        assert "arning" not in done.stderr
         runs |= {1: alone, 2: pair}
     return runs[1], runs[2]
 
