@@ -100,7 +100,7 @@ class KeyedBucket:
     geometry: npt.NDArray[np.float32]
     """[n, 6] original height, width; crop top, left; target height, width."""
     mirrored: "KeyedBucket | None" = None
-    """The same images mirrored, where the dataset shows them so too; what is cut off on the right is then on the left."""
+    """The same images mirrored, where they are shown so too; what is cut off on the right is then on the left."""
 
 
 def keyed_buckets(manifest: Manifest) -> list[KeyedBucket]:
