@@ -105,7 +105,7 @@ class LCM(Distiller):
         Under LoRA the teacher is the same weights without the adapter, and the target is the student itself.
         """
         shared: dict[str, Role] = {"student": "train", "teacher": "frozen"}
-        return shared | {"target": "ema"} if model_type == "full" else shared
+        return {**shared, "target": "ema"} if model_type == "full" else shared
 
     @classmethod
     def guidance_embed_dim(cls, model_type: ModelType) -> int | None:

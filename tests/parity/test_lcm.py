@@ -152,8 +152,11 @@ def test_a_step_makes_three_forwards_and_the_teacher_runs_once() -> None:
     assert family.batch_sizes == [6, 3, 3]
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_sdxl(kind: Any, tiny_model: Path, tiny_model_v: Path) -> None:
+MID_PHASE: Any = {"edge_policy": "phased", "num_phases": 5, "solver": "dpm2s", "loss_type": "cauchy"}
+
+
+@pytest.mark.parametrize(("kind", "options"), [("epsilon", {}), ("v_prediction", {}), ("epsilon", MID_PHASE)], ids=str)
+def test_sdxl(kind: Any, options: Any, tiny_model: Path, tiny_model_v: Path) -> None:
     """The real UNet with diffusers' own adapter switches, and its conditioning written out by hand."""
     from peft import LoraConfig
 
@@ -171,7 +174,7 @@ def test_sdxl(kind: Any, tiny_model: Path, tiny_model_v: Path) -> None:
     schedule = family.schedule(source)
     assert family.facts(source).prediction_type == kind
 
-    config = LCMConfig(num_ddim_timesteps=25)
+    config = LCMConfig(num_ddim_timesteps=25, **options)
     denoisers = {
         name: Denoiser(family, adapted, adapter, kind, schedule, None)
         for name, adapter in (("student", "default"), ("teacher", None), ("target", "default"))

@@ -87,9 +87,12 @@ def test_random_edges_are_uniform_over_the_grid_times_up_to_the_solvers_result()
         expected = len(here) / (i + 1)
         assert float(((counts - expected) ** 2 / expected).sum()) < 18.5  # chi-squared, 4 degrees, 1 in 1000
     assert bool((draw.edge <= draw.end).all())
-    # An edge has a stream of its own: the other numbers are those of lcm.
+    # An edge has a stream of its own: the other numbers are those of lcm, and no other stream decides it.
     plain = make("lcm", num_ddim_timesteps=5).draw(toy_batch(1500, latent_px=1), Randomness(0))
     assert torch.equal(plain.start, draw.start)
+    top = draw.start == 999
+    u = Randomness(0).uniform("edge", torch.arange(1500))[top]
+    assert torch.equal(draw.edge[top], torch.tensor(grid)[(5 * u).long()])
 
 
 def test_what_is_compared_at_an_edge_is_the_noisy_picture() -> None:
