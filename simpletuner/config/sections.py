@@ -88,7 +88,7 @@ class RunSection(Section):
         "bf16", "may_change", "Precision of the network's forward pass; no: float32."
     )
     dynamo_backend: Literal["no", "inductor", "eager", "aot_eager", "cudagraphs"] = setting(
-        "no", "free", "Backend of torch.compile.", inert="compilation is not built yet"
+        "no", "free", "Backend of torch.compile for the networks; the first steps then take minutes."
     )
     allow_tf32: bool = setting(True, "may_change", "Let CUDA multiply float32 matrices in TensorFloat-32.")
     resume_from_checkpoint: str | None = setting(
@@ -182,8 +182,12 @@ class LoraSection(Section):
 class ObjectiveSection(Section):
     """What the loss compares; keys of the same name inside distillation_config win."""
 
-    loss_type: Literal["l2", "huber", "cauchy", "smooth_l1"] = setting("l2", "may_change", "Distance of prediction and target.")
-    huber_c: float = setting(0.1, "may_change", "Where huber and smooth_l1 turn from square to linear, cauchy to logarithm.", gt=0)
+    loss_type: Literal["l2", "huber", "cauchy", "smooth_l1"] = setting(
+        "l2", "may_change", "Distance of prediction and target."
+    )
+    huber_c: float = setting(
+        0.1, "may_change", "Where huber and smooth_l1 turn from square to linear, cauchy to logarithm.", gt=0
+    )
     snr_gamma: float | None = setting(
         None, "may_change", "Weigh timesteps by min(SNR, gamma); 5 is usual. Default: all weigh the same.", gt=0
     )

@@ -1,7 +1,7 @@
 """Builds everything that a run trains with, in the one order that is right.
 
-Load the roles -> freeze -> adapters (float32) -> average -> gradient checkpointing -> optimizer -> prepare (the
-student, nothing else).
+Load the roles -> freeze -> adapters (float32) -> average -> gradient checkpointing -> compilation -> optimizer ->
+prepare (the student, nothing else).
 """
 
 import copy
@@ -28,6 +28,7 @@ from simpletuner.families._source import ModelSource
 from simpletuner.plan import Plan
 from simpletuner.schedules import NoiseSchedule
 from simpletuner.training.adapters import ADAPTER, attach_lora, start_from, trainable_parameters
+from simpletuner.training.compilation import compile_networks
 from simpletuner.training.ema import Average
 
 
@@ -156,6 +157,7 @@ def _networks(plan: Plan, device: torch.device) -> tuple[nn.Module, nn.Module, n
     if plan.config.model.gradient_checkpointing:
         network: Any = student  # Any: diffusers' own base class, which would import diffusers here
         network.enable_gradient_checkpointing(checkpoint_with_adapters(student))
+    compile_networks((student, teacher, target), plan.config.run.dynamo_backend)
     return student, teacher, target
 
 
