@@ -59,7 +59,6 @@ _EXTRAS = {
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
     "xformers": "xformers",
-    "webdataset": "webdataset",
     "datasets": "datasets",
     "s3fs": "aws",
     "wandb": "wandb",

@@ -24,6 +24,14 @@ class FileEntry:
     """The latest time that content or name changed; a backend takes whatever cannot be set back by a copy."""
 
 
+class Unusable(OSError):
+    """A file that will not do, whenever it is opened; the message is the reason, the same for all files like it."""
+
+
+class NotFetched(Exception):
+    """There are more images than were listed, in files that would have to be downloaded first."""
+
+
 class Backend(Protocol):
     """The files of one dataset."""
 
@@ -31,12 +39,19 @@ class Backend(Protocol):
         """Raises UserError when the place does not exist or cannot be read."""
         ...
 
-    def list_images(self) -> Iterator[FileEntry]:
-        """Yields the images lazily, in any order; what cannot be read is listed too, and fails when it is opened."""
+    def list_images(self, fetch: bool = True) -> Iterator[FileEntry]:
+        """Yields the images lazily, in any order; what cannot be read is listed too, and fails when it is opened.
+
+        Args:
+            fetch: Whether to download what has to be, and to write into the cache folder.
+
+        Raises:
+            NotFetched: At the end, when there is more than may be fetched.
+        """
         ...
 
     def open(self, path: str) -> BinaryIO:
-        """Returns the file opened for reading. Raises OSError."""
+        """Returns the file opened for reading. Raises OSError, Unusable."""
         ...
 
     def read_text(self, path: str) -> str | None:

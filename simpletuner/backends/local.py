@@ -22,8 +22,8 @@ class Local:
         if not self._root.is_dir():
             raise UserError(f"dataset '{dataset.id}': instance_data_dir: there is no folder '{self._root}'")
 
-    def list_images(self) -> Iterator[FileEntry]:
-        """Yields every image once, in an order that depends on the names only."""
+    def list_images(self, fetch: bool = True) -> Iterator[FileEntry]:
+        """Yields every image once, in an order that depends on the names only; all are here already."""
         seen: set[tuple[int, int]] = set()
         # Linked folders come last, so that a folder reached both ways keeps its real path, and loops end.
         folders = deque([""])

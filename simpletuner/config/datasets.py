@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,8 @@ def _dataset(
     values["cache_dir_vae"] = str(_latent_folder(own, by_type, context, findings, where))
     if kind == "local":
         _resolve_folder(values, context, where, findings)
+    elif kind == "webdataset":
+        values["instance_data_dir"] = str(_folder_of_names(own.get("instance_data_dir"), options, context))
     dataset = build(DatasetConfig, values, f"{where}: ", findings)
     _check_bounds(dataset, where, findings)
     for key in own.keys() & DatasetConfig.model_fields.keys():
@@ -291,6 +294,22 @@ def _resolve_folder(values: dict[str, Json], context: Context, where: str, findi
     elif not found.is_dir():
         findings.problems.append(f"{where}: instance_data_dir: '{found}' is not a folder")
     values["instance_data_dir"] = str(found or context.places.written(str(written)))
+
+
+def _folder_of_names(written: Json, options: dict[str, Json], context: Context) -> Path:
+    """Returns the folder where the relative names of shards begin.
+
+    Without instance_data_dir that is the first place where what stands before braces and wildcards exists.
+    """
+    if written is not None:
+        return context.places.find(str(written)) or context.places.written(str(written))
+    shards = options.get("shards")
+    names = [str(name) for name in (shards if isinstance(shards, list) else [shards]) if name]
+    names = [name for name in names if "://" not in name and not name.startswith("pipe:")]
+    parts = [re.split(r"[{*?\[]", name, maxsplit=1)[0] for name in names]
+    starts = [part if part == name else part[: part.rfind("/") + 1] for name, part in zip(names, parts, strict=True)]
+    places = context.places.candidates("")
+    return next((place for place in places if any((place / start).exists() for start in starts)), places[0])
 
 
 def _check_bounds(dataset: DatasetConfig, where: str, findings: Findings) -> None:

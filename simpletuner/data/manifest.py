@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simpletuner.backends._base import Backend, FileEntry, open_backend
+from simpletuner.backends._base import Backend, FileEntry, NotFetched, Unusable, open_backend
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError
 from simpletuner.data.cache import write_atomically
@@ -100,7 +100,8 @@ def scan(
         dataset: What to scan; only its ``cache_dir_vae`` is ever written to.
         deadline_seconds: After that many seconds what has been seen is returned, ``complete=False``.
         progress: Told the number of images seen.
-        write: Keep the manifest for the next start; an incomplete one is never kept.
+        write: Keep the manifest for the next start; an incomplete one is never kept. False: nothing is downloaded
+            either.
 
     Raises:
         UserError: There is no such place, no image in it, or limits leave all images out.
@@ -110,7 +111,7 @@ def scan(
     complete = True
     if known is None or not dataset.skip_file_discovery:
         backend = open_backend(dataset)
-        files, complete = _discover(backend, known, deadline_seconds, progress, dataset.id)
+        files, complete = _discover(backend, known, deadline_seconds, progress, dataset.id, write)
         if write and complete and not (known is not None and files.equals(known)):
             write_manifest(dataset, files)
     else:
@@ -145,7 +146,12 @@ def _read(path: Path) -> pa.Table | None:
 
 
 def _discover(
-    backend: Backend, known: pa.Table | None, deadline_seconds: float | None, progress: Progress | None, name: str
+    backend: Backend,
+    known: pa.Table | None,
+    deadline_seconds: float | None,
+    progress: Progress | None,
+    name: str,
+    fetch: bool,
 ) -> tuple[pa.Table, bool]:
     """Returns a row for each listed image, ordered by path, and whether that is all of them."""
     end = None if deadline_seconds is None else time.monotonic() + deadline_seconds
@@ -158,19 +164,22 @@ def _discover(
     complete = True
     pool = ThreadPoolExecutor(_NUM_READERS)
     try:
-        for entry in backend.list_images():
-            if end is not None and time.monotonic() > end:
-                complete = False
-                break
-            row = rows.get(entry.path)
-            if row is not None and (entry.size_bytes, entry.mtime_ns) == (stamps[0, row], stamps[1, row]):
-                kept.append(row)
-            else:
-                waiting.append(pool.submit(_header, backend, entry))
-            if len(waiting) >= _WINDOW:
-                fresh.append(waiting.popleft().result())
-            if progress and (len(kept) + len(fresh)) % 1000 == 999:
-                progress(len(kept) + len(fresh), 0, f"{name}: scanning")
+        try:
+            for entry in backend.list_images(fetch):
+                if end is not None and time.monotonic() > end:
+                    complete = False
+                    break
+                row = rows.get(entry.path)
+                if row is not None and (entry.size_bytes, entry.mtime_ns) == (stamps[0, row], stamps[1, row]):
+                    kept.append(row)
+                else:
+                    waiting.append(pool.submit(_header, backend, entry))
+                if len(waiting) >= _WINDOW:
+                    fresh.append(waiting.popleft().result())
+                if progress and (len(kept) + len(fresh)) % 1000 == 999:
+                    progress(len(kept) + len(fresh), 0, f"{name}: scanning")
+        except NotFetched:
+            complete = False
         for future in waiting:
             remaining = None if end is None else max(0.0, end - time.monotonic())
             if remaining is not None and not _wait(future, remaining):
@@ -208,7 +217,7 @@ def _header(backend: Backend, entry: FileEntry) -> _Header:
             if entry.size_bytes == 0:
                 return _Header(entry, problem="empty file")
             return _Header(entry, read_size(file))
-    except BadImage as error:
+    except (BadImage, Unusable) as error:
         return _Header(entry, problem=str(error))
     except OSError:
         return _Header(entry, problem=_UNREADABLE)

@@ -214,3 +214,23 @@ def test_settings_without_effect_are_told(run: Run) -> None:
         "multidatabackend.json: dataset 'images': vae_cache_clear_each_epoch: has no effect: they would be the same: "
         "crops do not change",
     )
+
+
+def test_relative_shards_begin_where_they_exist(run: Run) -> None:
+    config_dir = run.folder
+    (config_dir / "tars").mkdir()
+    (config_dir / "tars" / "a.tar").touch()
+    entry = {"id": "shards", "type": "webdataset"}
+    for written in (
+        "tars/{a,b}.tar",
+        "tars/*.tar",
+        ["https://h/{0..1}.tar?x=1", "tars/a.tar"],
+        ["none.tar", "tars/?.tar"],
+    ):
+        (dataset,) = run.load({}, [entry | {"shards": written}]).datasets
+        assert dataset.instance_data_dir == config_dir
+        assert dataset.options == {"shards": written}
+    for written in ("elsewhere/*.tar", "https://h/{0..1}.tar", "pipe:cat tars/a.tar"):
+        assert run.load({}, [entry | {"shards": written}]).datasets[0].instance_data_dir == run.working_dir
+    (dataset,) = run.load({}, [entry | {"instance_data_dir": "tars"}]).datasets
+    assert dataset.instance_data_dir == config_dir / "tars"
