@@ -4,7 +4,7 @@ Usage:
 
     python config/examples/teacher/assemble.py [--folder output/teacher] [--pictures 256] [--threads 2]
 
-Writes ``model``, an ordinary diffusers folder, and ``scores.json`` into the folder.
+Writes ``model``, an ordinary diffusers folder with a card and ``scores.json``, into the folder.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _BATCH = 32
 
 
 def main() -> None:
-    """Assembles, where there is no model yet, and measures."""
+    """Assembles, where there is no model yet, measures, and writes the card."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("output/teacher"))
     parser.add_argument("--unet", type=Path, help="folder of the trained UNet; default: what the run left")
@@ -38,13 +38,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = arguments.folder / "model"
+    model, unet = arguments.folder / "model", arguments.unet or arguments.folder / "run"
     if not model.exists():
-        assemble(arguments.folder / "start", arguments.unet or arguments.folder / "run", model)
-    with files_into(arguments.folder) as made:
-        scores = json.dumps(measure(model, arguments.pictures), indent=1)
-        (made / "scores.json").write_text(scores + "\n", encoding="utf8")
-    print(scores)
+        assemble(arguments.folder / "start", unet, model)
+    scores = measure(model, arguments.pictures)
+    run = json.loads((unet / "simpletuner.json").read_text(encoding="utf8"))
+    with files_into(model) as made:
+        (made / "README.md").write_text(card(scores, run, model), encoding="utf8")
+        (made / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf8")
+    print((model / "README.md").read_text(encoding="utf8"))
 
 
 def assemble(start: Path, unet: Path, model: Path) -> None:
@@ -76,6 +78,46 @@ def measure(model: Path, num_pictures: int) -> dict[str, Any]:  # Any: JSON
         scores[f"samples, {split}"] = _score(pictures, scenes)
         print(f"drew {len(pictures)} pictures in {time.perf_counter() - started:.0f} s", flush=True)
     return scores
+
+
+def card(scores: dict[str, Any], run: dict[str, Any], model: Path) -> str:  # Any: JSON
+    """Returns the model card.
+
+    Args:
+        scores: What was measured.
+        run: ``simpletuner.json`` of the run that trained the UNet.
+        model: The model's folder.
+    """
+    parts = {name: row for name, row in scores.items() if isinstance(row, dict)}
+    attributes = list(dict.fromkeys(name for row in parts.values() for name in row))
+    lines = [f"| {' | '.join(['', *attributes])} |", f"|---{'|---:' * len(attributes)}|"]
+    lines += [f"| {name} | {' | '.join(str(row[each]) for each in attributes)} |" for name, row in parts.items()]
+    num_bytes = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
+    table = "\n".join(lines)
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# The quickstart's teacher
+
+An SDXL of {num_bytes / 1e6:.1f} MB that draws coloured shapes: pictures of 64 to 96 pixels, captions such as "a small
+red star left of a large blue ring on a striped yellow background". It knows no other words. It was trained on drawn
+pictures and their captions alone, so nobody else has rights in it; its licence is the repository's.
+
+VAE and text encoders: `config/examples/teacher/make_start.py`. UNet: `config/examples/teacher/config.json`,
+{run["step"]} steps, commit {run["commit"]}{" with local changes" if run["dirty"] else ""}. Everything again, from
+nothing: `bash config/examples/teacher/reproduce.sh`.
+
+## Scores
+
+Parts of pictures that a judge of rules (`simpletuner/quickstart/judge.py`) finds right, in all attributes and in each.
+Samples: {scores["num_inference_steps"]} steps, guidance {scores["guidance_scale"]:g}, captions that no training
+picture was drawn for; "unseen" are combinations of colour and shape that no training picture shows.
+
+{table}
+"""
 
 
 @torch.no_grad()
