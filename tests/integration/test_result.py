@@ -126,6 +126,11 @@ def test_the_base_picture_is_the_one_drawn_without_the_adapter(outputs: dict[str
     assert not differ(Image.open(output / "base.png"), picture(output, "base-few-steps"))
 
 
+def test_noise_of_sampling_that_the_method_advises_is_in_the_call(outputs: dict[str, Path]):
+    assert "num_inference_steps=4, guidance_scale=0.0, eta=0.7," in (outputs["random"] / "README.md").read_text()
+    assert "eta" not in (outputs["float32"] / "README.md").read_text().partition("```python")[2].partition("```")[0]
+
+
 def test_a_negative_prompt_changes_the_picture(outputs: dict[str, Path]):
     """Else the equality above would hold for two programs that both ignore it."""
     assert differ(Image.open(outputs["guided"] / "base.png"), Image.open(outputs["guided-by-nothing"] / "base.png"))
