@@ -5,7 +5,7 @@ import time
 from functools import partial
 
 from simpletuner.chosen import choose
-from simpletuner.config.errors import Problems
+from simpletuner.config.errors import Problems, UserError
 from simpletuner.config.schema import Config
 from simpletuner.data.captions import read_captions
 from simpletuner.data.manifest import scan
@@ -36,5 +36,12 @@ def look_ahead(config: Config) -> Plan:
 
 
 def num_processes() -> int:
-    """Returns how many processes the run has, or would have if it were started as the environment says."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("TRAINING_NUM_PROCESSES") or "1")
+    """Returns how many processes the run has, or would have if it were started as the environment says.
+
+    Raises:
+        UserError: The environment says no number.
+    """
+    text = os.environ.get("WORLD_SIZE") or os.environ.get("TRAINING_NUM_PROCESSES") or "1"
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise UserError(f"num_processes: '{text}' must be a whole number, 1 or more")
+    return int(text)

@@ -202,6 +202,18 @@ def test_a_plan_for_programs(project: Project, simpletuner: Command):
     assert [notice for notice in plan["notices"] if notice.startswith("push_to_hub: has no effect")]
 
 
+def test_a_plan_counts_the_processes_that_train_sh_would_start(
+    project: Project, simpletuner: Command, monkeypatch: pytest.MonkeyPatch
+):
+    project.write()
+    monkeypatch.setenv("TRAINING_NUM_PROCESSES", "2")
+    plan = json.loads(simpletuner("plan", "--config", project.folder, "--json").out)
+    assert (plan["processes"], plan["effective_batch"]) == (2, 4)
+    monkeypatch.setenv("TRAINING_NUM_PROCESSES", "two")
+    said = simpletuner("plan", "--config", project.folder)
+    assert (said.status, said.errors) == (2, ["error: num_processes: 'two' must be a whole number, 1 or more"])
+
+
 def test_the_planned_parameters_are_the_trained_ones(project: Project, simpletuner: Command):
     project.train(max_train_steps=1)
     saved = json.loads((project.output / "checkpoint-1" / "state.json").read_text())["files"]["weights.safetensors"]

@@ -1,6 +1,10 @@
 """Two processes make the run that one process makes, and are told of mistakes once."""
 
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +92,47 @@ def test_a_mistake_is_said_once(project: Project):
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
+
+
+ALONE = """
+import logging, sys
+from simpletuner.config.errors import SaidElsewhere, UserError
+from simpletuner.training.build import make_accelerator
+from simpletuner.training.meeting import Meeting
+
+logging.basicConfig(format="%(message)s")
+accelerator = make_accelerator()
+meeting = Meeting(accelerator)
+try:
+    with meeting.leaving_together():
+        meeting.wait()
+        if accelerator.process_index == 1:
+            raise UserError("the second one's own mistake")
+        meeting.wait()
+except (SaidElsewhere, UserError) as error:
+    print(f"{accelerator.process_index} {type(error).__name__}\\n", end="")
+accelerator.end_training()
+"""
+
+
+def test_a_mistake_of_the_second_process_alone_ends_both_and_is_said(tmp_path: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipe = subprocess.PIPE
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE],
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+            cwd=tmp_path,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [out for out, _ in said] == ["0 SaidElsewhere\n", "1 UserError\n"], said
+    assert "error:" not in said[0][1]
+    assert "error: the second one's own mistake\n" in said[1][1]
