@@ -1,5 +1,6 @@
 """Every optimizer that the config can name, found through the registry."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,16 @@ from simpletuner.training import checkpoint
 from simpletuner.training.lr_schedulers import learning_rate
 from simpletuner.training.state_tree import flatten, restore_optimizer, unflatten
 
-NAMES = registry.names("optimizers")
+OPTIONAL = {"bnb-adamw8bit": "bitsandbytes"}
+"""Name -> the package that an extra brings."""
+
+NAMES = [
+    pytest.param(
+        name,
+        marks=[pytest.mark.skipif(find_spec(OPTIONAL[name]) is None, reason="an extra")] if name in OPTIONAL else [],
+    )
+    for name in registry.names("optimizers")
+]
 TARGET = torch.linspace(-1, 1, 12).view(3, 4)
 
 
@@ -40,7 +50,9 @@ def start() -> list[Parameter]:
 
 
 def test_the_names_of_the_config_are_there() -> None:
-    assert {"adamw", "adamw_bf16", "optimi-lion", "optimi-adamw", "optimi-stableadamw"} <= set(NAMES)
+    assert {"adamw", "adamw_bf16", "optimi-lion", "optimi-adamw", "optimi-stableadamw"} <= set(
+        registry.names("optimizers")
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
