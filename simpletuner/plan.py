@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,6 +129,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     problems = Problems()
     notices = [*config.notices, *_inert_notices(config), *chosen.facts.notices]
     weight_dtype, compute_dtype = _dtypes(config, chosen.optimizer, notices, problems)
+    problems.attempt(lambda: _check_attention(config.model.attention_mechanism))
     missing = distiller.requires - family.provides
     if missing:
         problems.lines.append(f"distillation_method: {chosen.method} needs a family with {', '.join(sorted(missing))}")
@@ -207,6 +209,16 @@ def _dtypes(
             f"mixed_precision: the weights stay float32, as '{name}' needs; the network computes in {precision}"
         )
     return torch.float32, compute
+
+
+def _check_attention(mechanism: str) -> None:
+    """Raises UserError for a kernel that this machine cannot run."""
+    if mechanism != "xformers":
+        return
+    if find_spec("xformers") is None:
+        raise UserError("attention_mechanism: 'xformers' needs its package: pip install \"simpletuner[xformers]\"")
+    if not torch.cuda.is_available():
+        raise UserError("attention_mechanism: 'xformers' needs a CUDA device, and there is none; use 'diffusers'")
 
 
 def _validation(config: Config, defaults: Defaults, family: ModelFamily) -> ValidationPlan:

@@ -83,7 +83,10 @@ _TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
     ("notice", "the average is kept where the weights are"): "ema_device ema_cpu_only",
     ("notice", "TensorFloat-32 is on; allow_tf32 false switches it off"): "disable_tf32",
     ("notice", "it changes speed or memory only; PyTorch's fused attention is used"): (
-        "sageattention_usage fuse_qkv_projections xformers enable_xformers_memory_efficient_attention"
+        "sageattention_usage fuse_qkv_projections"
+    ),
+    ("notice", "the key is attention_mechanism, with the value xformers"): (
+        "xformers enable_xformers_memory_efficient_attention"
     ),
     ("notice", _MEMORY): (
         "gradient_checkpointing_interval gradient_checkpointing_backend optimizer_cpu_offload_method "
@@ -250,7 +253,7 @@ _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
     "crop_aspect": {"random": (None, "it is not built; use closest or preserve")},
     "attention_mechanism": {
         name: ("diffusers", _ATTENTION)
-        for name in ("xformers", "sageattention", "sageattention-int8-fp16-triton", "flash-attn-2", "flash-attn-3")
+        for name in ("sageattention", "sageattention-int8-fp16-triton", "flash-attn-2", "flash-attn-3")
     },
     "validation_noise_scheduler": {"none": ("", "it is another word for the default")},
     "loss_type": {"huber_loss": ("huber", "it is another name"), "mse": ("l2", "it is another name")},

@@ -63,8 +63,8 @@ class ModelSection(Section):
     text_encoder_4_precision: Precision = setting(
         "no_change", "may_change", "Quantization of the fourth text encoder.", inert=_NOT_QUANTIZED
     )
-    attention_mechanism: Literal["diffusers"] = setting(
-        "diffusers", "free", "Attention kernel. diffusers: PyTorch's own fused attention."
+    attention_mechanism: Literal["diffusers", "xformers"] = setting(
+        "diffusers", "free", "Attention kernel. diffusers: PyTorch's own fused attention; xformers: of that package."
     )
     gradient_checkpointing: bool = setting(
         True, "free", "Recompute activations in the backward pass: less memory, about 20 % more time."

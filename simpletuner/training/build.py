@@ -28,8 +28,8 @@ from simpletuner.families._source import ModelSource
 from simpletuner.plan import Plan
 from simpletuner.schedules import NoiseSchedule
 from simpletuner.training.adapters import ADAPTER, attach_lora, start_from, trainable_parameters
-from simpletuner.training.compilation import compile_networks
 from simpletuner.training.ema import Average
+from simpletuner.training.kernels import choose_attention, compile_networks
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ def _networks(plan: Plan, device: torch.device) -> tuple[nn.Module, nn.Module, n
     if plan.config.model.gradient_checkpointing:
         network: Any = student  # Any: diffusers' own base class, which would import diffusers here
         network.enable_gradient_checkpointing(checkpoint_with_adapters(student))
+    choose_attention((student, teacher, target), plan.config.model.attention_mechanism)
     compile_networks((student, teacher, target), plan.config.run.dynamo_backend)
     return student, teacher, target
 

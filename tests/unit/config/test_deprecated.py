@@ -61,11 +61,11 @@ def test_an_alias_beside_its_key(run: Run) -> None:
 
 
 def test_values_of_other_names(run: Run) -> None:
-    config = run.load({"mixed_precision": "FP32", "attention_mechanism": "xformers", "distillation_method": "none"})
+    config = run.load({"mixed_precision": "FP32", "attention_mechanism": "flash-attn-2", "distillation_method": "none"})
     assert (config.run.mixed_precision, config.distillation.distillation_method) == ("no", None)
     assert config.notices == (
         "mixed_precision: 'fp32' is read as no: it is another name",
-        "attention_mechanism: 'xformers' is read as diffusers: it changes speed only",
+        "attention_mechanism: 'flash-attn-2' is read as diffusers: it changes speed only",
         "distillation_method: 'none' is read as the default: it is another word for the default",
     )
     assert run.problems({"lora_type": "lycoris", "lora_init_type": "pissa"}) == [

@@ -1,5 +1,9 @@
-"""Compiled networks train as the others do: adapters are still switched, and gradients are recomputed rightly."""
+"""How networks are computed: compiled ones train as the others do, and a kernel that cannot run is refused.
 
+Adapters must still be switched, and gradients recomputed rightly.
+"""
+
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from simpletuner.config.errors import UserError
 from tests.integration.conftest import Project
 
 FULL = {"model_type": "full", "lora_rank": None}
@@ -27,6 +32,7 @@ def compare(project: Project, tmp_path: Path, backend: str, tolerance: float, **
     assert counters["frames"]["ok"] > 0
     assert not counters["unimplemented"]
     assert len(plain) == len(compiled) == 4
+    assert plain[0]["loss"] == pytest.approx(compiled[0]["loss"], rel=min(1e-5, tolerance))
     for one, two in zip(plain, compiled, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=tolerance)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=tolerance)
@@ -40,4 +46,16 @@ def test_the_eager_backend_changes_nothing(project: Project, tmp_path: Path, cha
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, FULL], ids=["lora", "full"])
 def test_inductor_agrees(project: Project, tmp_path: Path, changes: dict[str, Any]):
-    compare(project, tmp_path, "inductor", 1e-4, **changes)
+    # Adam divides a gradient by its own size: where it is nearly zero, the last bits decide the sign of a whole step.
+    compare(project, tmp_path, "inductor", 2e-3, **changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and find_spec("xformers") is not None, reason="it can run here")
+def test_a_kernel_that_cannot_run_here_is_refused_in_the_plan(project: Project):
+    with pytest.raises(UserError) as caught:
+        project.train(attention_mechanism="xformers")
+    (line,) = caught.value.lines
+    missing = 'needs its package: pip install "simpletuner[xformers]"'
+    assert line == "attention_mechanism: 'xformers' " + (
+        missing if find_spec("xformers") is None else "needs a CUDA device, and there is none; use 'diffusers'"
+    )

@@ -1,10 +1,11 @@
-"""Compiles networks in place (``dynamo_backend``): the blocks that repeat, or the whole where none are named.
+"""How networks are computed: the attention kernel, and compiled blocks (``attention_mechanism``, ``dynamo_backend``).
 
-In place means that the modules stay who they are: their state dicts, adapters and copies know nothing of it.
+Networks are compiled in place, the blocks that repeat, or the whole where none are named. In place means that the
+modules stay who they are: their state dicts, adapters and copies know nothing of it.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +14,12 @@ NUM_VARIANTS = 64
 """Versions of one block's code that are kept: adapter on and off, with and without gradient, each width and size.
 
 torch keeps 8, and beyond them runs uncompiled without an error."""
+
+
+def choose_attention(networks: Iterable[nn.Module], mechanism: str) -> None:
+    """Switches the networks to xFormers' attention; ``diffusers`` leaves PyTorch's own."""
+    for network in dict.fromkeys(networks) if mechanism == "xformers" else ():
+        cast(Any, network).enable_xformers_memory_efficient_attention()
 
 
 def compile_networks(networks: Iterable[nn.Module], backend: str) -> None:
