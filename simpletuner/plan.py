@@ -108,8 +108,10 @@ class Plan:
         return max(s.config.train_batch_size for s in self.datasets) * run.gradient_accumulation_steps * self.world
 
     @property
-    def epochs(self) -> float:
-        """Passes over the data that the steps make."""
+    def epochs(self) -> float | None:
+        """Passes over the data that the steps make; None as long as no image is counted."""
+        if self.batches_per_epoch == 0:
+            return None
         return self.max_steps * self.config.run.gradient_accumulation_steps / self.batches_per_epoch
 
 
@@ -140,7 +142,8 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     facts = _run_facts(config, chosen, validation)
     notices.extend(problems.attempt(lambda: distiller.check(method_config, facts)) or [])
     batches = sum(summary.batches_per_epoch(world) for summary in datasets)
-    max_steps = problems.attempt(lambda: _max_steps(config, batches, notices))
+    counted = batches > 0 or all(summary.complete for summary in datasets)
+    max_steps = problems.attempt(lambda: _max_steps(config, batches if counted else None, notices))
     problems.raise_any()
     assert validation is not None
     assert max_steps is not None
@@ -281,11 +284,18 @@ def _run_facts(config: Config, chosen: Chosen, validation: ValidationPlan | None
     )
 
 
-def _max_steps(config: Config, batches_per_epoch: int, notices: list[str]) -> int:
-    """Returns the optimizer steps of the run: of ``max_train_steps`` and ``num_train_epochs`` the smaller."""
+def _max_steps(config: Config, batches_per_epoch: int | None, notices: list[str]) -> int:
+    """Returns the optimizer steps of the run: of ``max_train_steps`` and ``num_train_epochs`` the smaller.
+
+    Without a number of batches, as long as no shard has been downloaded, ``max_train_steps`` has to say.
+    """
     run = config.run
     if batches_per_epoch == 0:
         raise UserError("no dataset has an image to train on; see the lines on each dataset")
+    if batches_per_epoch is None:
+        if run.max_train_steps is None:
+            raise UserError("num_train_epochs: no image is counted yet: give max_train_steps, or fill the cache first")
+        return run.max_train_steps
     by_epochs = (
         math.ceil(run.num_train_epochs * batches_per_epoch / run.gradient_accumulation_steps)
         if run.num_train_epochs is not None

@@ -161,6 +161,8 @@ def _validation_lines(plan: Plan) -> Iterator[str]:
 
 
 def _epochs(plan: Plan) -> str:
+    if plan.epochs is None:
+        return "the epochs are known when the images are counted"
     each = _some(plan.batches_per_epoch, "batch", "batches")
     return f"{plan.epochs:.3g} epochs of {each}"
 

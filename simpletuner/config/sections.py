@@ -251,7 +251,7 @@ class DataSection(Section):
     write_batch_size: int = setting(128, "free", "Entries of one cache file.", ge=1)
     max_train_samples: int | None = setting(None, "may_change", "Use so many images of each dataset only.", ge=1)
     vae_cache_disable: bool = setting(
-        False, "free", "Encode latents in the training loop.", inert="latents are always cached"
+        False, "free", "Encode latents in the training loop.", inert="streaming is not built yet: latents are cached"
     )
     vae_cache_ondemand: bool = setting(
         False, "free", "Cache latents when they are first used.", inert="latents are cached before training"
