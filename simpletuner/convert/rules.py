@@ -249,8 +249,8 @@ def _shards(work: _Work) -> None:
     elif shards.startswith("pipe:"):
         work.notices.append("--train_shards_path_or_url: it runs a command: see documentation/DATALOADER.md")
     if SCRIPTS[work.command.script].model_family == "sdxl":
-        entry["minimum_image_size"] = _SHORTEST_EDGE_PX
-        work.notices.append(f"minimum_image_size: {_SHORTEST_EDGE_PX}: what is written into the script's code")
+        entry["minimum_original_size"] = _SHORTEST_EDGE_PX
+        work.notices.append(f"minimum_original_size: {_SHORTEST_EDGE_PX}: what is written into the script's code")
     work.dataset = entry | work.dataset
 
 
