@@ -18,8 +18,15 @@ from simpletuner.convert.flags import LAUNCH_FLAGS, SCRIPTS, Flag, flags_of
 
 VALIDATION_PROMPT = "a red boat on a lake at sunset"
 _SHORTEST_EDGE_PX = 700
-"""Edge below which the SDXL scripts leave a sample of a shard out, by the size that its JSON says."""
-_READS_A_FILE = re.compile(r"pipe:\s*(?:curl|cat|wget|aws s3 cp)\s")
+"""Edge below which the SDXL scripts leave a sample of a shard out, by ``width`` and ``height`` of its JSON.
+
+That is the size of the picture in the shard (minimum_image_size); its original size they call ``original_width``."""
+_READS_A_FILE = re.compile(r"pipe:\s*(?:curl|wget|cat)\s")
+_HARMLESS = frozenset(
+    ("-L", "-s", "-S", "-f", "-sL", "-Ls", "-fL", "-sS", "-sSL", "-fsSL", "-q", "-O", "-", "-O-", "-qO-", "-nv")
+    + ("--location", "--silent", "--show-error", "--fail", "--quiet")
+)
+"""Options of curl and wget without which the url gives the same file."""
 
 _EXPORT = """
 from pathlib import Path
@@ -247,7 +254,9 @@ def _shards(work: _Work) -> None:
     if shards != place:
         work.notices.append("--train_shards_path_or_url: read without the pipe, which would run a command")
     elif shards.startswith("pipe:"):
-        work.notices.append("--train_shards_path_or_url: it runs a command: see documentation/DATALOADER.md")
+        work.notices.append(
+            "--train_shards_path_or_url: it runs a command: see SIMPLETUNER_ALLOW_PIPE in DATALOADER.md"
+        )
     if SCRIPTS[work.command.script].model_family == "sdxl":
         entry["minimum_original_size"] = _SHORTEST_EDGE_PX
         work.notices.append(f"minimum_original_size: {_SHORTEST_EDGE_PX}: what is written into the script's code")
@@ -258,11 +267,10 @@ def _without_pipe(place: str) -> str:
     """Returns the one file or url that a simple ``pipe:`` prints, or the place as it is."""
     if not _READS_A_FILE.match(place):
         return place
-    words = shlex.split(place.removeprefix("pipe:"))
-    if any(word in ("|", ";", "&&", ">") for word in words):
-        return place
-    named = [word for word in words[1:] if "://" in word or (words[0] == "cat" and not word.startswith("-"))]
-    return named[0] if len(named) == 1 and not named[0].startswith("s3://") else place
+    program, *words = place.removeprefix("pipe:").split()
+    named = [word for word in words if program == "cat" or word not in _HARMLESS]
+    is_one = len(named) == 1 and not named[0].startswith("-")
+    return named[0] if is_one and (program == "cat" or named[0].startswith(("http://", "https://"))) else place
 
 
 def _folder(work: _Work) -> None:

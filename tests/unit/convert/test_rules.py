@@ -68,7 +68,19 @@ def test_the_pipe_around_a_url_is_taken_off():
     assert str(entry["shards"]).startswith("https://huggingface.co/datasets/laion/conceptual")
     assert str(entry["shards"]).endswith("/{00000..01099}.tar?download=true")
     assert entry["vae_cache_disable"] is True
-    for place in ("pipe:curl -s https://a/x.tar | cat", "pipe:aws s3 cp s3://a/x.tar -"):
+    for place, plain in {
+        "pipe:curl -fsSL https://a/{0..9}.tar": "https://a/{0..9}.tar",
+        "pipe:wget -qO- http://a/x.tar?y=z": "http://a/x.tar?y=z",
+        "pipe:cat shards/{0..9}.tar": "shards/{0..9}.tar",
+    }.items():
+        made = convert(f"{SD} --max_train_steps 1 --train_shards_path_or_url '{place}'", {})
+        assert made.datasets[0]["shards"] == plain
+    for place in (
+        "pipe:curl -s https://a/x.tar | cat",
+        "pipe:curl -H secret https://a/x.tar",  # without the header it would be another file
+        "pipe:cat a.tar b.tar",
+        "pipe:aws s3 cp s3://a/x.tar -",
+    ):
         made = convert(f"{SD} --max_train_steps 1 --train_shards_path_or_url '{place}'", {})
         assert made.datasets[0]["shards"] == place
         assert any("it runs a command" in notice for notice in made.notices)
