@@ -42,7 +42,8 @@ def read_command(text: str, environ: Mapping[str, str]) -> Command:
         UserError: It is no command of the five scripts, or has flags that they do not know.
     """
     known, words, own = dict(environ), list[str](), dict[str, str]()
-    for line in re.sub(r"\\\s*\n|\\\s*$", " ", text).splitlines():
+    # A line of flags goes on with the command before it: within quotes nobody writes the backslashes.
+    for line in re.sub(r"\\\s*\n|\n\s*(?=-)|\\\s*$", " ", text).splitlines():
         found = [_expanded(word, known) for word in _split(line)]
         if found[:1] == ["export"]:
             found = found[1:]
