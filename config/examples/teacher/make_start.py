@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -128,7 +128,7 @@ def _normalise_latents(vae: AutoencoderKL, pictures: list[Tensor]) -> None:
     print(f"channel means were {center.tolist()}, deviations {latents.std(1).tolist()}; scaling factor {scale:.5f}")
 
 
-def train_text(pipeline: object) -> None:
+def train_text(pipeline: StableDiffusionXLPipeline) -> None:
     """Trains both text encoders to tell words, their order, and what the caption says of each object.
 
     The layer before the last, which the UNet is shown, must tell at every word it and the words before it. The second
