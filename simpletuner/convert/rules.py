@@ -258,8 +258,11 @@ def _shards(work: _Work) -> None:
             "--train_shards_path_or_url: it runs a command: see SIMPLETUNER_ALLOW_PIPE in DATALOADER.md"
         )
     if SCRIPTS[work.command.script].model_family == "sdxl":
-        entry["minimum_original_size"] = _SHORTEST_EDGE_PX
-        work.notices.append(f"minimum_original_size: {_SHORTEST_EDGE_PX}: what is written into the script's code")
+        entry["minimum_image_size"] = _SHORTEST_EDGE_PX
+        work.notices.append(
+            f"minimum_image_size: {_SHORTEST_EDGE_PX}: what is written into the script's code; "
+            "for the sizes before scaling, which LAION's shards have, use minimum_original_size"
+        )
     work.dataset = entry | work.dataset
 
 

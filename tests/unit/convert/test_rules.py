@@ -59,7 +59,7 @@ def test_published_commands_convert_and_load(file: Path, tmp_path: Path):
         "random",
     )
     assert config.validation.resolutions == ((edge, edge),)
-    assert dataset.options.get("minimum_original_size") == (700 if family == "sdxl" and kind != "lora_folder" else None)
+    assert dataset.minimum_image_size == (700 if family == "sdxl" and kind != "lora_folder" else None)
     assert dataset.type == ("local" if kind == "lora_folder" else "webdataset")
 
 
