@@ -148,11 +148,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     assert validation is not None
     assert max_steps is not None
     lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
-    if config.optimizer.lr_warmup_steps >= max_steps:
-        notices.append(
-            f"lr_warmup_steps: the learning rate is still rising when the run ends ({max_steps} steps); "
-            f"full rate is reached at step {config.optimizer.lr_warmup_steps}"
-        )
+    notices.extend(_warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
     vae_dtype = _VAE_DTYPES[config.model.vae_dtype]
     encoding = Encoding(family, chosen.source, vae_dtype=vae_dtype, text_dtype=weight_dtype)
     return Plan(
@@ -311,6 +307,15 @@ def _max_steps(config: Config, batches_per_epoch: int | None, notices: list[str]
     if not given:
         raise UserError("max_train_steps: give the length of the run by max_train_steps or num_train_epochs")
     return min(given)
+
+
+def _warmup_notices(warmup_steps: int, max_steps: int) -> list[str]:
+    if warmup_steps < max_steps:
+        return []
+    return [
+        f"lr_warmup_steps: the learning rate is still rising when the run ends ({max_steps} steps); "
+        f"full rate is reached at step {warmup_steps}"
+    ]
 
 
 def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]) -> LoraPlan:
