@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.backends import DatasetConfig
+from simpletuner.data.captions import read_captions
+from simpletuner.data.manifest import Manifest, scan
 from tests.unit.data.support import dataset, picture
 
 
@@ -52,6 +54,16 @@ def shards(root: Path, **options: Any) -> DatasetConfig:
     own = {key: options.pop(key) for key in list(options) if key in keys}
     settings: dict[str, Any] = {"type": "webdataset", "instance_data_dir": root / "shards", "options": options}
     return dataset(root, **settings | own)
+
+
+def scanned(dataset: DatasetConfig) -> Manifest:
+    """Returns the manifest of a dataset with its captions."""
+    return read_captions(scan(dataset))
+
+
+def by_id(manifest: Manifest) -> dict[str, list[str]]:
+    """Returns image id -> captions."""
+    return dict(zip(manifest.ids, manifest.captions, strict=True))
 
 
 @dataclass
