@@ -1,5 +1,6 @@
 """Which shards a name means, and how those from elsewhere come into the cache."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,7 +89,9 @@ def test_a_command_that_fails_is_counted(
     monkeypatch.setenv(PIPE_SWITCH, "1")
     write_shard(tmp_path / "shards" / "a.tar", samples(0, 1))
     options = {"download_attempts": 1, "download_timeout_seconds": 0.2}
+    begun = time.monotonic()
     manifest = scan(shards(tmp_path, shards=["a.tar", f"pipe:{command}"], **options))
+    assert time.monotonic() - begun < 15  # a command that hangs is ended, and not waited for
     assert manifest.problems == {"cannot be opened": (f"pipe:{command}",)}
     assert said in caplog.text
     assert not list((tmp_path / "cache" / "vae" / "shards").glob("*.part"))
