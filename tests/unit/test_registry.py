@@ -101,7 +101,10 @@ def test_an_unknown_kind_is_our_own_mistake() -> None:
 def test_every_shipped_name_loads(kind: str) -> None:
     assert registry.names(kind)
     for name in registry.names(kind):
-        assert registry.load(kind, name) is not None
+        try:
+            assert registry.load(kind, name) is not None
+        except UserError as error:  # only for want of a package that an extra brings
+            assert any(f"simpletuner[{extra}]" in str(error) for extra in set(registry._EXTRAS.values()))
 
 
 def test_suggestion() -> None:
