@@ -37,6 +37,8 @@ class Architecture:
     """Attention heads of each level; only the second level has attention."""
     num_tokens: int = 77
     norm_groups: int = 8
+    """Of the UNet."""
+    vae_norm_groups: int = 8
     time_id_width: int = 16
     """Of the embedding of each of the six numbers that tell the picture's geometry."""
     sample_size_px: int = 64
@@ -54,8 +56,9 @@ TEACHER = Architecture(
     # The longest caption has 16; with 77 a training step takes a fifth longer and text features 2.4 times the space.
     num_tokens=32,
     norm_groups=16,
+    vae_norm_groups=4,
 )
-"""5.4 million parameters: the smallest that learnt to draw the quickstart's scenes (config/examples/teacher)."""
+"""5.4 million parameters: for the model that learns to draw the quickstart's scenes (config/examples/teacher)."""
 
 
 def write_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
@@ -136,7 +139,7 @@ def make_vae(architecture: Architecture) -> "AutoencoderKL":
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=8,
+        norm_num_groups=architecture.vae_norm_groups,
         latent_channels=4,
         scaling_factor=0.13025,
     )

@@ -14,9 +14,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from make_start import reconstruct  # the script beside this one
 from PIL import Image
 
 from simpletuner.atomic import files_into, new_folder
@@ -118,15 +118,6 @@ picture was drawn for; "unseen" are combinations of colour and shape that no tra
 
 {table}
 """
-
-
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKL, picture: Image.Image) -> Image.Image:
-    """Returns the picture as it comes back from its latents' mean."""
-    pixels = torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-    decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample[0]
-    rounded = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
-    return Image.fromarray(rounded.numpy())
 
 
 def sample(pipeline: StableDiffusionXLPipeline, scenes: list[Scene]) -> list[Image.Image]:

@@ -16,18 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from simpletuner.atomic import new_folder
 from simpletuner.quickstart.drawing import draw, render
+from simpletuner.quickstart.judge import accuracy
 from simpletuner.quickstart.model import TEACHER, make_pipeline
-from simpletuner.quickstart.scenes import PICTURE_SIZES, Scene, make_scene
+from simpletuner.quickstart.scenes import PICTURE_SIZES, Scene, make_prompt, make_scene
 
 NUM_PICTURES, PICTURES_SEED = 16000, 1
 NUM_VAE_PICTURES = 6000
-VAE_STEPS, VAE_BATCH, VAE_LEARNING_RATE = 2000, 16, 2e-3
+VAE_STEPS, VAE_BATCH, VAE_LEARNING_RATE = 4000, 16, 3e-3
 TEXT_STEPS, TEXT_BATCH, TEXT_LEARNING_RATE = 500, 128, 2e-3
 EDGE_WEIGHT = 0.5
 """Of the difference between neighbouring pixels: without it small corners stay round."""
@@ -97,6 +99,8 @@ PARTS = {"scenes": make_scenes, "text": make_text, "vae": make_vae, "start": mak
 def train_vae(vae: AutoencoderKL) -> None:
     """Trains the VAE and sets its scaling factor to what makes the latents' standard deviation 1."""
     pictures = _pictures()
+    fresh = [make_prompt(PICTURES_SEED, index) for index in range(60)]
+    _start_as_identity(vae)
     network = vae.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(network.parameters(), VAE_LEARNING_RATE, betas=(0.9, 0.99), fused=True)
     for step in _steps("VAE", optimizer, VAE_STEPS, VAE_LEARNING_RATE):
@@ -111,8 +115,36 @@ def train_vae(vae: AutoencoderKL) -> None:
         loss.backward()
         if step % 100 == 0:
             print(f"  difference {difference.abs().mean().item():.4f} edges {edges.item():.4f} kl {kl.item():.2f}")
+        if step % 500 == 499:
+            print(f"  {accuracy([reconstruct(network, render(scene)) for scene in fresh], fresh)}")
     network.to(memory_format=torch.contiguous_format).eval()
     _normalise_latents(network, pictures)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, picture: Image.Image) -> Image.Image:
+    """Returns the picture as it comes back from its latents' mean."""
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    decoded = vae.decode(vae.encode(_to_pixels(pixels)).latent_dist.mean).sample[0]
+    rounded = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    return Image.fromarray(rounded.numpy())
+
+
+@torch.no_grad()
+def _start_as_identity(vae: AutoencoderKL) -> None:
+    """Lets a fresh VAE pass colours through: it starts as one that shrinks pictures and enlarges them again.
+
+    From random weights, whose signal dies out on the way, the mean difference after 150 steps of 8 pictures was 0.39;
+    so, it was 0.24.
+    """
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d) and name.endswith("conv2"):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Conv2d) and not name.endswith("conv1"):
+            nn.init.dirac_(module.weight)
+            nn.init.zeros_(module.bias)
+    # Little noise in the latents at first.
+    vae.quant_conv.bias[vae.config["latent_channels"] :] = -3.0
 
 
 @torch.no_grad()
