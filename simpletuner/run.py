@@ -1,13 +1,11 @@
 """The whole way of a run: scan, plan, cache, build, train, publish; each arrow is one call."""
 
 import logging
-import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
 import torch
-import transformers
 from accelerate import Accelerator
 
 from simpletuner.chosen import choose
@@ -23,6 +21,7 @@ from simpletuner.hooks.validation import make_validation
 from simpletuner.plan import Plan, make_plan
 from simpletuner.plan_view import plan_text
 from simpletuner.publishing.result import disown, result_files, result_step, write_result
+from simpletuner.quiet import quieten_libraries
 from simpletuner.training import metrics, resume, run_lock, snapshot
 from simpletuner.training.build import Run, build, make_accelerator
 from simpletuner.training.checkpoint import Loaded
@@ -41,7 +40,7 @@ def train(config: Config) -> TrainState:
         UserError: Something in the config, the model, the data or the checkpoint is wrong.
     """
     accelerator = make_accelerator()
-    _quieten_libraries()
+    quieten_libraries()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
     with ExitStack() as leaving:
         with Meeting(accelerator).leaving_together():
@@ -89,16 +88,9 @@ def _train(plan: Plan, loaded: Loaded | None, cache: Cache, accelerator: Acceler
 def fill_cache(config: Config) -> Cache:
     """Scans the datasets of a config and fills its caches; returns them."""
     accelerator = make_accelerator()
+    quieten_libraries()
     with Meeting(accelerator).leaving_together():
         return _cache(_plan(config, accelerator), accelerator)
-
-
-def _quieten_libraries() -> None:
-    """Silences progress bars of milliseconds, and warnings that nobody here can do anything about."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    # accelerate 1.15 always passes what torch 2.13 wants to be called otherwise.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 
 def _plan(config: Config, accelerator: Accelerator) -> Plan:

@@ -12,7 +12,9 @@ def prepare() -> Path:
     """Draws the pictures and makes the model where they are missing; returns the path of the example's config."""
     from simpletuner.quickstart.drawing import draw
     from simpletuner.quickstart.model import write_model
+    from simpletuner.quiet import quieten_libraries
 
+    quieten_libraries()
     draw(FOLDER / "scenes")
     write_model(FOLDER / "model")
     return config_path()

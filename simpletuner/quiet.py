@@ -1,0 +1,16 @@
+"""Silences what libraries print that nobody here can do anything about; our own lines stay."""
+
+import warnings
+
+
+def quieten_libraries() -> None:
+    """Silences progress bars of milliseconds and warnings about our calls; call it before diffusers is imported.
+
+    One of these says that torchvision is missing, which nothing here needs.
+    """
+    from transformers.utils import logging  # here, because it takes seconds
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    # accelerate 1.15 always passes what torch 2.13 wants to be called otherwise.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
