@@ -134,8 +134,8 @@ def reconstruct(vae: AutoencoderKL, picture: Image.Image) -> Image.Image:
 def _start_as_identity(vae: AutoencoderKL) -> None:
     """Lets a fresh VAE pass colours through: it starts as one that shrinks pictures and enlarges them again.
 
-    From random weights, whose signal dies out on the way, the mean difference after 150 steps of 8 pictures was 0.39;
-    so, it was 0.24.
+    From random weights the signal dies out on the way. Runs with this start (and four norm groups and little noise at
+    first: the three were not told apart) had a mean difference of 0.095 after 301 steps, without them 0.286.
     """
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d) and name.endswith("conv2"):
