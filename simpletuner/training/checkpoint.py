@@ -168,9 +168,15 @@ def set_aside(root: Path, step: int) -> list[Path]:
 def provenance() -> dict[str, Json]:
     """Returns what made a run: versions of the packages, and commit and dirty flag when the code is a git checkout."""
     packages = ("simpletuner", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
-    installed = {found.name.lower(): found.version for found in importlib.metadata.distributions()}
-    versions = {name: installed.get(name) for name in packages}
+    versions = {name: _version(name) for name in packages}
     return {"versions": {"python": platform.python_version(), **versions}, **_git(Path(__file__).resolve().parent)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(folder: Path) -> dict[str, Json]:
