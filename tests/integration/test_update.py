@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from simpletuner.training.build import Run
 from simpletuner.training.metrics import Row
 from simpletuner.training.state import TrainState
 from simpletuner.training.trainer import LoopSettings, Trainer
-from tests.integration.conftest import Project
+from tests.integration.conftest import SETTINGS, Project
 from tests.tiny import image_folder
 
 NOWHERE: Position = {"samples": 0, "datasets": {}}
@@ -85,11 +86,12 @@ class Bench:
         return total
 
 
-@pytest.fixture(params=["lcm", "sft"])
-def bench(request: pytest.FixtureRequest, project: Project, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    folder = tmp_path_factory.getbasetemp() / "five"
-    pictures = image_folder(folder / "pictures", 5, [(96, 96)])
-    project.use_pictures(pictures, folder / "cache")
+@pytest.fixture(scope="module", params=["lcm", "sft"])
+def bench(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("five")
+    paths = {"pretrained_model_name_or_path": str(tiny_model), "output_dir": str(folder / "output")}
+    project = Project(folder, SETTINGS | paths)
+    project.use_pictures(image_folder(folder / "pictures", 5, [(96, 96)]), folder / "cache")
     sft = {"distillation_method": None, "distillation_config": None} if request.param == "sft" else {}
     run = project.build(train_batch_size=5, **sft)
     run.module.double()
