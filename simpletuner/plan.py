@@ -15,13 +15,14 @@ import torch
 
 from simpletuner.chosen import Chosen, choose
 from simpletuner.config.errors import Problems, UserError
-from simpletuner.config.schema import SECTIONS, Config, OptimizerSection, inert_options, section_of
+from simpletuner.config.schema import Config, OptimizerSection
 from simpletuner.data.identity import Encoding
 from simpletuner.data.precompute import Outstanding, outstanding
 from simpletuner.data.summary import DatasetSummary
 from simpletuner.distillers._base import Defaults, Distiller, RunFacts, Setting
 from simpletuner.families._base import Facts, ModelFamily, lora_modules, lora_num_parameters
 from simpletuner.families._source import ModelSource
+from simpletuner.idle import idle_settings
 from simpletuner.optimizers._base import OptimizerPlugin
 from simpletuner.schedules import from_scheduler_config
 
@@ -129,12 +130,17 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     chosen = choose(config)
     family, distiller = chosen.family, chosen.distiller
     problems = Problems()
-    notices = [*config.notices, *_inert_notices(config), *chosen.facts.notices]
+    notices = [*config.notices, *chosen.facts.notices]
     weight_dtype, compute_dtype = _dtypes(config, chosen.optimizer, notices, problems)
     problems.attempt(lambda: _check_attention(config.model.attention_mechanism))
     missing = distiller.requires - family.provides
     if missing:
         problems.lines.append(f"distillation_method: {chosen.method} needs a family with {', '.join(sorted(missing))}")
+    if chosen.facts.guidance_embed_dim is not None:
+        problems.lines.append(
+            f"pretrained_model_name_or_path: the network of '{chosen.source.path}' is told its guidance already "
+            "(time_cond_proj_dim), as a distilled one is; training those further is not built yet: give the base model"
+        )
     method_config = problems.attempt(lambda: _method_config(config, chosen, notices))
     problems.raise_any()
     defaults = distiller.defaults(method_config, config.model.model_type)
@@ -147,6 +153,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     problems.raise_any()
     assert validation is not None
     assert max_steps is not None
+    notices.extend(idle_settings(config, validation.guidance_scale > 1))
     lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
     notices.extend(_warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
     vae_dtype = _VAE_DTYPES[config.model.vae_dtype]
@@ -172,19 +179,6 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
         vae_dtype=vae_dtype,
         compute_dtype=compute_dtype,
         notices=tuple(dict.fromkeys(notices)),
-    )
-
-
-def _inert_notices(config: Config) -> list[str]:
-    """Returns a line for each option that the user set and that does nothing yet."""
-    return [f"{key}: has no effect: {reason}" for key, reason in inert_options().items() if _is_set_away(config, key)]
-
-
-def _is_set_away(config: Config, key: str) -> bool:
-    """Returns whether the user gave an option a value other than its default."""
-    section = section_of()[key]
-    return (
-        key in config.explicit and getattr(getattr(config, section), key) != SECTIONS[section].model_fields[key].default
     )
 
 
@@ -262,6 +256,9 @@ def _method_config(config: Config, chosen: Chosen, notices: list[str]) -> Any:  
     setting = Setting(config.model.model_type, chosen.family.guidance_range)
     # Without a method the options of one are left over: the config's notices say that they have no effect.
     given = config.distillation.distillation_config if config.distillation.distillation_method else {}
+    averages = "ema" in chosen.distiller.roles(config.model.model_type).values()
+    if averages and "ema_decay" in config.explicit:
+        given = {"ema_decay": config.ema.ema_decay, **given}
     method_config, own_notices = chosen.distiller.configure(given, config.objective, setting)
     notices.extend(own_notices)
     return method_config

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from simpletuner.chosen import choose
-from simpletuner.config.errors import Problems
+from simpletuner.config.errors import Problems, UserError
 from simpletuner.config.schema import Config
 from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.identity import Ranks
@@ -26,7 +26,7 @@ from simpletuner.training import metrics, resume, run_lock, snapshot
 from simpletuner.training.build import Run, build, make_accelerator
 from simpletuner.training.checkpoint import Loaded
 from simpletuner.training.lr_schedulers import learning_rate
-from simpletuner.training.meeting import Meeting
+from simpletuner.training.meeting import Meeting, closing
 from simpletuner.training.state import TrainState
 from simpletuner.training.trainer import Hook, LoopSettings, Trainer
 
@@ -43,15 +43,21 @@ def train(config: Config) -> TrainState:
     quieten_libraries()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
     with ExitStack() as leaving:
+        leaving.enter_context(closing(accelerator))
         with Meeting(accelerator).leaving_together():
             if accelerator.is_main_process:
                 leaving.callback(run_lock.hold(config.run.output_dir).release)
             plan, loaded, cache = _prepare(config, accelerator)
         state = TrainState(plan.max_steps, loaded.step if loaded else 0)
         if cache is not None:
-            state = _train(plan, loaded, cache, accelerator)
+            try:
+                state = _train(plan, loaded, cache, accelerator)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    "the device has no memory left; the last checkpoint is whole. Set gradient_checkpointing to true, "
+                    "or lower train_batch_size (and raise gradient_accumulation_steps), resolution or lora_rank"
+                ) from error
         accelerator.wait_for_everyone()
-    accelerator.end_training()
     return state
 
 
@@ -89,7 +95,7 @@ def fill_cache(config: Config) -> Cache:
     """Scans the datasets of a config and fills its caches; returns them."""
     accelerator = make_accelerator()
     quieten_libraries()
-    with Meeting(accelerator).leaving_together():
+    with closing(accelerator), Meeting(accelerator).leaving_together():
         return _cache(_plan(config, accelerator), accelerator)
 
 

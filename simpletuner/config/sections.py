@@ -341,5 +341,7 @@ def _parse_resolutions(text: str) -> tuple[tuple[int, int], ...]:
         match = re.fullmatch(r"\s*(\d+)(?:\s*[xX]\s*(\d+))?\s*", part)
         if match is None or int(match[1]) < 64 or int(match[2] or match[1]) < 64:
             raise ValueError(f"'{part.strip()}' is not a size such as 1024x768 (pixels, at least 64 each)")
+        if int(match[1]) % 8 or int(match[2] or match[1]) % 8:
+            raise ValueError(f"'{part.strip()}' has an edge that is no multiple of 8, which pipelines cannot draw")
         sizes.append((int(match[1]), int(match[2] or match[1])))
     return tuple(sizes)

@@ -295,6 +295,8 @@ def _notices(config: LCMConfig, facts: RunFacts) -> list[str]:
         notices.append(
             f"validation_guidance: {guidance:g} guides a student that has learned guidance already; 0 is off"
         )
+    if facts.model_type == "lora" and "ema_decay" in config.model_fields_set:
+        notices.append("distillation_config.ema_decay: has no effect: an adapter's target is the adapter itself")
     scale = (config.w_min + 1, config.w_max + 1)
     if facts.model_type == "full" and guidance is not None and not scale[0] <= guidance <= scale[1]:
         notices.append(

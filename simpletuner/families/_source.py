@@ -143,7 +143,14 @@ class ModelSource:
     def read_json(self, component: str, name: str) -> Json | None:
         """Returns a JSON file of a component (``""``: of the model itself), or None when it is not on this machine."""
         found = self._find(component, [name])
-        return json.loads(found.read_text(encoding="utf8")) if found else None
+        if found is None:
+            return None
+        try:
+            return json.loads(found.read_text(encoding="utf8"))
+        except ValueError as error:
+            raise UserError(
+                f"{self.place(component).key}: '{found}' is damaged: {error}; fetch the file anew"
+            ) from error
 
     def fetch(self, component: str, marker: str = "config.json") -> Path:
         """Returns the folder of a component's files (or the single file), downloaded first for a hub id.

@@ -1,6 +1,5 @@
 """Writes what a run has learnt in the formats that stock diffusers loads; each file appears whole or not at all."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,10 @@ def write_network(folder: Path, module: nn.Module) -> None:
     """Writes a network's config and weights, in its own dtype and as the variant fp16."""
     with files_into(folder) as temporary:
         _diffusers(module).save_pretrained(temporary, safe_serialization=True)
-        half = nn.Module.to(copy.deepcopy(module), "cpu", torch.float16)  # diffusers' own warns, with nothing to say
+        # Made on the CPU: the device may have no room for a copy beside the optimizer.
+        diffusers_class: Any = type(module)  # Any: see _diffusers
+        half = nn.Module.to(diffusers_class.from_config(_diffusers(module).config), torch.float16)
+        half.load_state_dict({name: value.to("cpu", torch.float16) for name, value in module.state_dict().items()})
         _diffusers(half).save_pretrained(temporary, safe_serialization=True, variant="fp16")
 
 

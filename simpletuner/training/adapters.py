@@ -49,7 +49,9 @@ def start_from(module: nn.Module, family: ModelFamily, path: Path) -> None:
     fits = True
     for layer in adapter_layers(module):
         peft: Any = layer  # Any: peft's layers are known by their attributes
-        if _OTHER not in peft.lora_A or peft.lora_A[_OTHER].weight.shape != peft.lora_A[ADAPTER].weight.shape:
+        if not {_OTHER, ADAPTER} <= set(peft.lora_A) or (
+            peft.lora_A[_OTHER].weight.shape != peft.lora_A[ADAPTER].weight.shape
+        ):
             fits = False
             break
         peft.lora_A[ADAPTER].weight.copy_(peft.lora_A[_OTHER].weight)

@@ -8,12 +8,13 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -30,6 +31,9 @@ from simpletuner.schedules import NoiseSchedule
 from simpletuner.training.adapters import ADAPTER, attach_lora, start_from, trainable_parameters
 from simpletuner.training.ema import Average
 from simpletuner.training.kernels import choose_attention, compile_networks
+
+_PATIENCE = timedelta(days=2)
+"""How long a process waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,12 @@ def make_accelerator() -> Accelerator:
     Raises:
         UserError: Several processes were started, and the device cannot be shared by several.
     """
+    # One rank scans, downloads or encodes for hours while the others wait; the default would end them after 10 minutes.
+    patient = InitProcessGroupKwargs(timeout=_PATIENCE)
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     # Unless it is told that there is nothing but a CPU, accelerate 1.15 makes each of several ranks the only one.
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[parallel])
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[parallel, patient])
     num_asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != num_asked:
         raise UserError(
@@ -165,7 +171,7 @@ def _networks(plan: Plan, device: torch.device) -> tuple[nn.Module, nn.Module, n
 def _host_group(accelerator: Accelerator) -> torch.distributed.ProcessGroup | None:
     if accelerator.num_processes == 1:
         return None
-    group = torch.distributed.new_group(backend="gloo")
+    group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     assert isinstance(group, torch.distributed.ProcessGroup)
     return group
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,6 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Makes one step of the average; nothing waits for the device."""
-        averages: list[Tensor] = list(self.network.parameters())
-        online = [parameter.to(torch.float32) for parameter in self.online.parameters()]
-        torch._foreach_lerp_(averages, online, 1 - self.decay)  # pyright: ignore[reportPrivateUsage]
+        # One by one: float32 copies of all weights at once would be 10 GB for SDXL.
+        for average, online in zip(self.network.parameters(), self.online.parameters(), strict=True):
+            average.lerp_(online.to(torch.float32), 1 - self.decay)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from simpletuner.config.errors import UserError
 from simpletuner.config.fields import rule_of
 from simpletuner.config.schema import resume_rules
 from simpletuner.data.identity import Ranks
@@ -28,7 +29,13 @@ def save(plan: Plan, run: Run, state: TrainState) -> None:
         asked = {"config": config.flat(), "method": _method(plan)}
         document = {**values, **asked, **data, **checkpoint.provenance()}
         keep = config.run.checkpoints_total_limit or None
-        checkpoint.save(config.run.output_dir, state.step, tensors, document, keep)
+        try:
+            checkpoint.save(config.run.output_dir, state.step, tensors, document, keep)
+        except OSError as error:
+            raise UserError(
+                f"output_dir: the checkpoint of step {state.step} cannot be written ({error.strerror}); "
+                "the ones before are whole: make room, and the same command goes on"
+            ) from error
     run.accelerator.wait_for_everyone()
 
 

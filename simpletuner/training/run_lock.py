@@ -31,9 +31,14 @@ def hold(output_dir: Path) -> RunLock:
     Raises:
         UserError: Another run holds it (its process id is named), or the file system has no locks.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FILE_NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {output_dir} cannot be written ({error.strerror}); choose another folder"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -87,6 +87,15 @@ def test_an_adapter_of_another_rank_is_refused(tiny_model: Path, tmp_path: Path)
         start_from(network(tiny_model), FAMILY, path)
 
 
+def test_an_adapter_of_more_layers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    source = network(tiny_model)
+    path = FAMILY.save_lora(tmp_path, adapter_state(source), adapter_metadata(source))
+    module = FAMILY.load(ModelSource(str(tiny_model)))
+    attach_lora(module, {"r": 4, "lora_alpha": 4, "target_modules": ["to_q"]}, 0)
+    with pytest.raises(UserError, match="init_lora: .* has other layers"):
+        start_from(module, FAMILY, path)
+
+
 def test_a_file_that_is_no_adapter_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"not an adapter")
     with pytest.raises(UserError, match="init_lora: .* is no adapter for this model"):

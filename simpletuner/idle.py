@@ -1,0 +1,73 @@
+"""Settings that have no effect in a run because of its other settings; the plan names them."""
+
+from collections.abc import Callable
+
+from simpletuner.config.schema import SECTIONS, Config, inert_options, section_of
+
+_Rule = tuple[tuple[str, ...], Callable[[Config, bool], bool], str]
+"""Keys, when they are idle (config, whether pictures are guided), and why."""
+
+_ADAPTER = ("lora_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_init_type", "use_dora", "init_lora")
+_RULES: tuple[_Rule, ...] = (
+    (
+        (*_ADAPTER, "peft_lora_target_modules"),
+        lambda config, _: config.model.model_type == "full",
+        "model_type is full, which has no adapter",
+    ),
+    (
+        ("export_weights",),
+        lambda config, _: config.model.model_type == "lora",
+        "an adapter has one kind of weights",
+    ),
+    (
+        ("noise_offset",),
+        lambda config, _: not config.objective.offset_noise,
+        "offset_noise is off",
+    ),
+    (
+        ("lr_end",),
+        lambda config, _: config.optimizer.lr_scheduler in ("constant", "constant_with_warmup"),
+        "lr_scheduler does not decay",
+    ),
+    (
+        ("lr_power",),
+        lambda config, _: config.optimizer.lr_scheduler != "polynomial",
+        "only lr_scheduler polynomial has a power",
+    ),
+    (
+        ("lr_num_cycles",),
+        lambda config, _: config.optimizer.lr_scheduler not in ("cosine_with_restarts", "sine"),
+        "only lr_scheduler cosine_with_restarts and sine have cycles",
+    ),
+    (
+        ("validation_negative_prompt", "validation_guidance_rescale"),
+        lambda config, guided: not guided,
+        "validation pictures are drawn without guidance",
+    ),
+    (
+        ("ema_decay",),
+        lambda config, _: config.model.model_type == "lora" or config.distillation.distillation_method is None,
+        "nothing is averaged in this run",
+    ),
+)
+
+
+def idle_settings(config: Config, guided: bool) -> list[str]:
+    """Returns a line for each option that the user set and that does nothing in this run.
+
+    Args:
+        config: As loaded.
+        guided: Whether validation pictures are drawn with guidance.
+    """
+    found = {key: reason for key, reason in inert_options().items() if _is_set(config, key)}
+    for keys, is_idle, reason in _RULES:
+        if is_idle(config, guided):
+            found |= {key: reason for key in keys if _is_set(config, key)}
+    return [f"{key}: has no effect: {reason}" for key, reason in found.items()]
+
+
+def _is_set(config: Config, key: str) -> bool:
+    """Returns whether the user gave an option a value other than its default."""
+    section = section_of()[key]
+    value, default = getattr(getattr(config, section), key), SECTIONS[section].model_fields[key].default
+    return key in config.explicit and value != default
