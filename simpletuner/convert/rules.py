@@ -244,7 +244,10 @@ _RULES = (_launcher, _precision, _pictures, _steps, _course, _checkpoints)
 
 
 def _shards(work: _Work) -> None:
-    """Writes the dataset that reads shards as the scripts do: streamed, nothing cached."""
+    """Writes the dataset that reads shards as the scripts do, which stream them.
+
+    Streaming is not built yet: the plan of what is written says so, and that the latents are cached.
+    """
     place = work.values["train_shards_path_or_url"]
     if place is None:
         work.problems.lines.append("--train_shards_path_or_url: required: where the shards are")
