@@ -133,14 +133,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     notices = [*config.notices, *chosen.facts.notices]
     weight_dtype, compute_dtype = _dtypes(config, chosen.optimizer, notices, problems)
     problems.attempt(lambda: _check_attention(config.model.attention_mechanism))
-    missing = distiller.requires - family.provides
-    if missing:
-        problems.lines.append(f"distillation_method: {chosen.method} needs a family with {', '.join(sorted(missing))}")
-    if chosen.facts.guidance_embed_dim is not None:
-        problems.lines.append(
-            f"pretrained_model_name_or_path: the network of '{chosen.source.path}' is told its guidance already "
-            "(time_cond_proj_dim), as a distilled one is; training those further is not built yet: give the base model"
-        )
+    problems.lines.extend(_misfits(chosen))
     method_config = problems.attempt(lambda: _method_config(config, chosen, notices))
     problems.raise_any()
     defaults = distiller.defaults(method_config, config.model.model_type)
@@ -180,6 +173,20 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
         compute_dtype=compute_dtype,
         notices=tuple(dict.fromkeys(notices)),
     )
+
+
+def _misfits(chosen: Chosen) -> list[str]:
+    """Returns a line for each reason why the method cannot train the model."""
+    lines: list[str] = []
+    missing = chosen.distiller.requires - chosen.family.provides
+    if missing:
+        lines.append(f"distillation_method: {chosen.method} needs a family with {', '.join(sorted(missing))}")
+    if chosen.facts.guidance_embed_dim is not None:
+        lines.append(
+            f"pretrained_model_name_or_path: the network of '{chosen.source.path}' is told its guidance already "
+            "(time_cond_proj_dim), as a distilled one is; training those further is not built yet: give the base model"
+        )
+    return lines
 
 
 def _dtypes(

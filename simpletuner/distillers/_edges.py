@@ -1,9 +1,9 @@
 """Where consistency methods jump to, and the scheduler that samples what was trained so.
 
 Student and target of one loss jump to the same edge. The policies differ in that edge alone: the picture (LCM), the
-start of the sample's phase (PCM) or a random grid time (TCD). Each policy brings the scheduler that calls the network at
-trained times only, and refuses numbers of steps that leave them. (With an eta above 0, TCD's scheduler lands between grid
-times, and the noise that it then adds takes the picture back to one.)
+start of the sample's phase (PCM) or a random grid time (TCD). Each policy brings the scheduler that calls the network
+at trained times only, and refuses numbers of steps that leave them. (With an eta above 0, TCD's scheduler lands between
+grid times, and the noise that it then adds takes the picture back to one.)
 
 Shapes: B batch, N solver steps, M phases, T training timesteps.
 """

@@ -80,7 +80,6 @@ def _exported(plan: Plan, run: Run) -> str:
 
 def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
     config = plan.config
-    on_hub = config.publish.hub_model_id if config.publish.push_to_hub else None
     prompt = plan.validation.prompts[0] if plan.validation.prompts else "a photograph of a cat"
     method = "fine-tuned" if plan.method == "sft" else f"distilled by {plan.method}"
     name = plan.source.path.rstrip("/").rpartition("/")[2]
@@ -88,7 +87,7 @@ def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
         title=f"{name}, {method}",
         base_model=plan.source.path,
         base_config=plan.source.single_file_config,
-        here=on_hub or str(config.run.output_dir),
+        here=str(config.run.output_dir),
         pipeline=run.family.pipeline_class,
         network=None if run.has_adapter else type(run.module).__name__,
         scheduler=type(settings.scheduler).__name__,
