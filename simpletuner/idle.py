@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from simpletuner.config.schema import SECTIONS, Config, inert_options, section_of
+from simpletuner.config.schema import Config, inert_options
 
 _Rule = tuple[tuple[str, ...], Callable[[Config, bool], bool], str]
 """Keys, when they are idle (config, whether pictures are guided), and why."""
@@ -68,6 +68,4 @@ def idle_settings(config: Config, guided: bool) -> list[str]:
 
 def _is_set(config: Config, key: str) -> bool:
     """Returns whether the user gave an option a value other than its default."""
-    section = section_of()[key]
-    value, default = getattr(getattr(config, section), key), SECTIONS[section].model_fields[key].default
-    return key in config.explicit and value != default
+    return key in config.explicit and config.flat()[key] != config.default_of(key)
