@@ -52,6 +52,7 @@ class Denoiser:
         prediction_type: str,
         schedule: NoiseSchedule,
         compute_dtype: torch.dtype | None,
+        embeds_w: bool = False,
     ) -> None:
         """Makes a denoiser; adapters must be attached to the module already.
 
@@ -62,6 +63,7 @@ class Denoiser:
             prediction_type: What the network predicts, in diffusers' words.
             schedule: The noise schedule that it was trained with.
             compute_dtype: Of autocast around the network; None runs it as it is.
+            embeds_w: Whether the network has learned to guide itself by the w that it is told.
         """
         self.module = module
         self.prediction_type = prediction_type
@@ -69,6 +71,7 @@ class Denoiser:
         self._family = family
         self._adapter = adapter
         self._compute_dtype = compute_dtype
+        self._embeds_w = embeds_w
         self._layers = adapter_layers(module)
         if adapter is not None and not self._layers:
             raise ValueError(f"the network has no adapter '{adapter}'")
@@ -102,6 +105,8 @@ class Denoiser:
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, geometry: Tensor, w: Tensor) -> Prediction:
         """Returns the guided prediction cond + w (cond - uncond), from one forward of 2B.
 
+        A network that embeds w has learned to give just that, from one forward of B: guided again, w would count twice.
+
         Args:
             x_t: [B, C, h, w] noisy latents.
             t: [B] noise times.
@@ -110,6 +115,8 @@ class Denoiser:
             geometry: [B, 6].
             w: [B] the paper's guidance scale (arXiv 2310.04378, eq. 13): diffusers' ``guidance_scale`` - 1.
         """
+        if self._embeds_w:
+            return self(x_t, t, cond, geometry, w)
         both = self(
             torch.cat([x_t, x_t]),
             torch.cat([t, t]),

@@ -19,7 +19,7 @@ from simpletuner.config.schema import Config, OptimizerSection
 from simpletuner.data.identity import Encoding
 from simpletuner.data.precompute import Outstanding, outstanding
 from simpletuner.data.summary import DatasetSummary
-from simpletuner.distillers._base import Defaults, Distiller, RunFacts, Setting
+from simpletuner.distillers._base import Defaults, Distiller, ModelType, RunFacts, Setting
 from simpletuner.families._base import Facts, ModelFamily, lora_modules, lora_num_parameters
 from simpletuner.families._source import ModelSource
 from simpletuner.idle import idle_settings
@@ -133,7 +133,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     notices = [*config.notices, *chosen.facts.notices]
     weight_dtype, compute_dtype = _dtypes(config, chosen.optimizer, notices, problems)
     problems.attempt(lambda: _check_attention(config.model.attention_mechanism))
-    problems.lines.extend(_misfits(chosen))
+    problems.lines.extend(_misfits(chosen, config.model.model_type))
     method_config = problems.attempt(lambda: _method_config(config, chosen, notices))
     problems.raise_any()
     defaults = distiller.defaults(method_config, config.model.model_type)
@@ -175,18 +175,29 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     )
 
 
-def _misfits(chosen: Chosen) -> list[str]:
+def _misfits(chosen: Chosen, model_type: ModelType) -> list[str]:
     """Returns a line for each reason why the method cannot train the model."""
     lines: list[str] = []
     missing = chosen.distiller.requires - chosen.family.provides
     if missing:
         lines.append(f"distillation_method: {chosen.method} needs a family with {', '.join(sorted(missing))}")
-    if chosen.facts.guidance_embed_dim is not None:
-        lines.append(
-            f"pretrained_model_name_or_path: the network of '{chosen.source.path}' is told its guidance already "
-            "(time_cond_proj_dim), as a distilled one is; training those further is not built yet: give the base model"
-        )
-    return lines
+    needed = {"lora"} if model_type == "lora" else set[str]()
+    if chosen.distiller.guidance_embed_dim(model_type) is not None:
+        needed.add("guidance_embedding")
+    if unable := needed - chosen.family.provides:
+        lines.append(f"model_type: {model_type} by {chosen.method} needs a family with {', '.join(sorted(unable))}")
+    return lines + untold_guidance(chosen.source, chosen.facts, chosen.distiller, model_type)
+
+
+def untold_guidance(source: ModelSource, facts: Facts, distiller: type[Distiller], model_type: ModelType) -> list[str]:
+    """Returns a line when the model wants to be told its guidance, and the method does not tell it."""
+    if facts.guidance_embed_dim is None or distiller.guidance_embed_dim(model_type) is not None:
+        return []
+    return [
+        f"pretrained_model_name_or_path: the network of '{source.place('unet').path}' is told its guidance already "
+        "(time_cond_proj_dim), as a distilled one is; set model_type to full and distillation_method to one that tells "
+        "it w, such as lcm, or give the base model"
+    ]
 
 
 def _dtypes(

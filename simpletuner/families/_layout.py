@@ -83,6 +83,11 @@ class Layout:
             notices = (unknown, *notices)
         elif shapes is None:
             notices = (f"'{source.place('unet').path}' is no folder here: it will be downloaded from the hub", *notices)
+        if (width := unet.get("time_cond_proj_dim")) is not None:
+            told = (
+                f"the network is told its guidance already (time_cond_proj_dim {width}): a student keeps the embedding"
+            )
+            notices = (f"{told}, and its teacher follows the w that it is told, unguided by the empty prompt", *notices)
         return Facts(
             scheduler_config=scheduler,
             prediction_type=None if scheduler is None else scheduler.get("prediction_type", "epsilon"),

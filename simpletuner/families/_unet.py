@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.families._layout import Layout
 from simpletuner.families._source import ModelSource
+from simpletuner.schedules import wide
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -65,9 +66,11 @@ def predict(
     unet: Any = module.module if isinstance(module, DistributedDataParallel) else module
     dtype = next(module.parameters()).dtype
     cond_proj = unet.time_embedding.cond_proj
-    if cond_proj is not None and w is None:
-        raise ValueError("this UNet embeds the guidance scale (time_cond_proj_dim): call it with w")
-    embedded = guidance_embedding(w, cond_proj.in_features).to(dtype) if cond_proj is not None else None
+    embedded = None
+    if cond_proj is not None:
+        if w is None:
+            raise ValueError("this UNet embeds the guidance scale (time_cond_proj_dim): call it with w")
+        embedded = guidance_embedding(w.to(wide(w, x_t)), cond_proj.in_features).to(dtype)
     return module(
         x_t.to(dtype),
         model_t,
@@ -78,10 +81,9 @@ def predict(
     )[0]
 
 
-def guidance_embedding(w: Tensor | None, dim: int) -> Tensor:
-    """Returns [B, dim] float32: the sinusoidal embedding of 1000 w, as diffusers' pipelines feed it."""
-    assert w is not None
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+    """Returns [B, dim] in w's dtype: the sinusoidal embedding of 1000 w, as diffusers' pipelines feed it."""
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=w.device) * (-math.log(10000.0) / (half - 1)))
-    angles = 1000.0 * w.float()[:, None] * frequencies[None]
+    frequencies = torch.exp(torch.arange(half, device=w.device, dtype=w.dtype) * (-math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * w[:, None] * frequencies[None]
     return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))

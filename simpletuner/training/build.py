@@ -26,7 +26,7 @@ from simpletuner.denoiser import Denoiser, checkpoint_with_adapters
 from simpletuner.distillers._base import Distiller, Setup
 from simpletuner.families._base import ModelFamily, Part
 from simpletuner.families._source import ModelSource
-from simpletuner.plan import Plan
+from simpletuner.plan import Plan, untold_guidance
 from simpletuner.schedules import NoiseSchedule
 from simpletuner.training.adapters import ADAPTER, attach_lora, start_from, trainable_parameters
 from simpletuner.training.ema import Average
@@ -196,10 +196,13 @@ def _denoisers(plan: Plan, networks: Mapping[str, nn.Module], schedule: NoiseSch
     """
     adapter = ADAPTER if plan.lora is not None else None
     facts = plan.family.facts(plan.source)  # anew: a model of the hub has been downloaded since the plan was made
+    if untold := untold_guidance(plan.source, facts, plan.distiller, plan.config.model.model_type):
+        raise UserError(*untold)
     prediction_type = plan.config.model.prediction_type or facts.prediction_type or plan.family.prediction_type
+    embeds_w = facts.guidance_embed_dim is not None
 
     def denoiser(role: str) -> Denoiser:
         name = None if role == "teacher" else adapter
-        return Denoiser(plan.family, networks[role], name, prediction_type, schedule, plan.compute_dtype)
+        return Denoiser(plan.family, networks[role], name, prediction_type, schedule, plan.compute_dtype, embeds_w)
 
     return {role: denoiser(role) for role in networks}

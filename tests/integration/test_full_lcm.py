@@ -1,5 +1,6 @@
 """A full student: it begins as its teacher, whatever w it is told, and its target is an average of it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from simpletuner import run as way
 from simpletuner.config.load import load
+from simpletuner.families._source import ModelSource
+from simpletuner.families.sdxl import SDXL
+from simpletuner.publishing.export import write_network
 from simpletuner.training.build import Run
 from simpletuner.training.metrics import Row
 from simpletuner.training.state import TrainState
@@ -38,7 +42,11 @@ class Recorder:
 @pytest.fixture
 def trainer(project: Project) -> Any:
     """Returns the trainer of a full LCM run before its first step."""
-    config = load(project.write(**FULL, max_train_steps=3))
+    return make_trainer(project)
+
+
+def make_trainer(project: Project, **changes: Any) -> Any:
+    config = load(project.write(**FULL, max_train_steps=3, **changes))
     config.run.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator = way.make_accelerator()
     plan = way._plan(config, accelerator)
@@ -64,6 +72,38 @@ def test_a_student_that_is_not_told_its_guidance_is_an_error(trainer: Any) -> No
     t = torch.full((len(batch.mean),), 499)
     with pytest.raises(ValueError, match="call it with w"):
         trainer.run.distiller.denoisers["student"](batch.mean, t, batch.cond, batch.geometry)
+
+
+def test_a_teacher_that_is_told_w_guides_itself_and_the_student_keeps_its_embedding(
+    project: Project, tiny_model: Path, tmp_path: Path
+) -> None:
+    network = SDXL().load(ModelSource(str(tiny_model)), guidance_embed_dim=32)
+    torch.nn.init.normal_(network.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(0))
+    write_network(tmp_path / "network", network)
+    trainer = make_trainer(project, pretrained_unet_model_name_or_path=str(tmp_path / "network"))
+    run = trainer.run
+    batch, _ = next(iter(run.dataset.batches(None)))
+    t = torch.full((len(batch.mean),), 499)
+    raw: dict[float, Tensor] = {}
+    for w in (3.0, 7.5):
+        told = torch.full((len(batch.mean),), w)
+        inputs = batch.mean, t, batch.cond, batch.geometry, told
+        raw[w], student, target = (run.distiller.denoisers[r](*inputs).raw for r in ("teacher", "student", "target"))
+        assert torch.equal(student, raw[w])
+        assert torch.equal(target, raw[w])
+        uncond = run.distiller.uncond(batch.cond)
+        guided = run.distiller.denoisers["teacher"].guided(*inputs[:3], uncond, batch.geometry, told)
+        assert torch.equal(guided.raw, raw[w])
+    assert float((raw[3.0] - raw[7.5]).abs().max()) > 1e-3
+    sizes: list[int] = []
+    run.teacher.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
+    trainer.hooks = []
+    trainer.train()
+    assert sizes == [2, 2, 2]
+    assert run.module.time_embedding.cond_proj.in_features == 32
+    teacher, given = run.teacher.state_dict(), network.state_dict()
+    assert all(torch.equal(value, given.pop(name)) for name, value in teacher.items())
+    assert not given
 
 
 def test_the_target_is_the_average_of_the_student_and_the_teacher_stays(trainer: Any) -> None:

@@ -46,10 +46,18 @@ def test_the_decay_of_the_target_may_stand_outside_of_the_methods_section(projec
     assert idle(project, model_type="lora", ema_decay=0.5) == {"ema_decay"}
 
 
-def test_a_distilled_network_as_base_is_refused(project: Project, tiny_model: Path, tmp_path: Path):
+def test_a_base_that_is_told_its_guidance_wants_a_method_that_tells_it(
+    project: Project, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write_network(tmp_path / "network", SDXL().load(ModelSource(str(tiny_model)), guidance_embed_dim=32))
+    changes = {"pretrained_unet_model_name_or_path": str(tmp_path / "network"), "distillation_config": {}}
+    for untold in ({"model_type": "lora"}, {"model_type": "full", "distillation_method": "sft"}):
+        with pytest.raises(UserError, match="is told its guidance already"):
+            look_ahead(load(project.write(**changes, **untold)))
+    # What a model of the hub is, shows when it has been downloaded.
+    monkeypatch.setattr("simpletuner.plan.untold_guidance", lambda *_: [])
     with pytest.raises(UserError, match="is told its guidance already"):
-        look_ahead(load(project.write(pretrained_unet_model_name_or_path=str(tmp_path / "network"))))
+        project.build(**changes, model_type="lora")
 
 
 def test_a_size_that_cannot_be_drawn_is_refused(project: Project):

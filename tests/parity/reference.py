@@ -32,6 +32,13 @@ def picture_and_noise(raw: Tensor, z: Tensor, acp: float, kind: str) -> tuple[Te
     return math.sqrt(acp) * z - math.sqrt(1 - acp) * raw, math.sqrt(acp) * raw + math.sqrt(1 - acp) * z
 
 
+def guidance_features(w: float, dim: int) -> Tensor:
+    """What a network that embeds w is fed: [1, dim] sines and cosines of 1000 w, as in diffusers' pipelines."""
+    half = dim // 2
+    angles = [1000 * w * 10000 ** (-k / (half - 1)) for k in range(half)]
+    return torch.tensor([[*map(math.sin, angles), *map(math.cos, angles)]], dtype=torch.float64)
+
+
 def consistency_function(raw: Tensor, z: Tensor, t: int, acp: float, kind: str, scaling: float) -> Tensor:
     x0, _ = picture_and_noise(raw, z, acp, kind)
     scaled = scaling * t
@@ -106,8 +113,13 @@ def lcm_loss(
     acp: list[float],
     edge: int | None = None,
     solver: str = "ddim",
+    target: Network | None = None,
+    teacher_embeds_w: bool = False,
 ) -> Tensor:
-    """The loss of one sample; ``student`` carries gradient, also as its own target before it is detached."""
+    """The loss of one sample; ``student`` carries gradient, also as its own target before it is detached.
+
+    ``target`` is the student itself unless another is given. A teacher that embeds w has been told it by its caller.
+    """
     stride = 1000 // num_ddim_timesteps
     start = stride * (index + 1) - 1
     end = max(start - stride, 0)
@@ -116,6 +128,8 @@ def lcm_loss(
 
     def guided(z: Tensor, t: float, product: float) -> tuple[Tensor, Tensor]:
         x0_cond, noise_cond = picture_and_noise(teacher(z, t, cond), z, product, kind)
+        if teacher_embeds_w:
+            return x0_cond, noise_cond
         x0_uncond, noise_uncond = picture_and_noise(teacher(z, t, uncond), z, product, kind)
         return (1 + w) * x0_cond - w * x0_uncond, (1 + w) * noise_cond - w * noise_uncond
 
@@ -126,6 +140,6 @@ def lcm_loss(
         assert solver == "dpm2s"
         z_end = dpm_solver_2s(guided, z_start, start, end, acp).detach()
 
-    target = jump(student(z_end, end, cond), z_end, end, edge, acp, kind, scaling).detach()
+    landed = jump((target or student)(z_end, end, cond), z_end, end, edge, acp, kind, scaling).detach()
     output = jump(student(z_start, start, cond), z_start, start, edge, acp, kind, scaling)
-    return distance(output, target, loss_type, huber_c)
+    return distance(output, landed, loss_type, huber_c)

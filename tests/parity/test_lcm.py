@@ -1,18 +1,21 @@
-"""The loss of lcm and every LoRA gradient against the reference, in float64."""
+"""The loss of lcm and every gradient, of adapters and of full students, against the reference, in float64."""
 
 import copy
 import dataclasses
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
+from simpletuner import registry
 from simpletuner.batch import Batch, Cond
 from simpletuner.denoiser import Denoiser
 from simpletuner.distillers._base import Setup
 from simpletuner.distillers.lcm import LCM, LCMConfig
+from simpletuner.families._source import ModelSource
 from simpletuner.randomness import Randomness
 from simpletuner.schedules import from_scheduler_config
 from tests.parity import reference
@@ -27,6 +30,7 @@ from tests.parity.toy import (
     trainable,
     uncond,
 )
+from tests.tiny import RECIPES
 
 RTOL = 1e-10
 
@@ -68,8 +72,8 @@ def reference_losses(
                 noise=draw.noise[i : i + 1].double(),
                 index=(int(draw.start[i]) + 1) // stride - 1,
                 w=float(draw.w[i]),
-                cond=(one(batch.cond, i), geometry),
-                uncond=(one(without(batch.cond), i), geometry),
+                cond=(one(batch.cond, i), geometry, float(draw.w[i])),
+                uncond=(one(without(batch.cond), i), geometry, float(draw.w[i])),
                 student=student,
                 teacher=teacher,
                 num_ddim_timesteps=config.num_ddim_timesteps,
@@ -127,7 +131,7 @@ def assert_toy_network_agrees(config: LCMConfig, kind: str, zero_terminal_snr: b
 
     def network(module: nn.Module) -> reference.Network:
         def call(z: Tensor, t: float, cond: Any) -> Tensor:
-            features, geometry = cond
+            features, geometry, _ = cond
             return module(z, torch.tensor([t], dtype=torch.float64), features["tokens"], features["pooled"], geometry)
 
         return call
@@ -153,69 +157,101 @@ def test_a_step_makes_three_forwards_and_the_teacher_runs_once() -> None:
 
 
 MID_PHASE: Any = {"edge_policy": "phased", "num_phases": 5, "solver": "dpm2s", "loss_type": "cauchy"}
+CASES: list[Any] = [
+    (family, role, kind, {"loss_type": loss_type, "w_min": 3.0})
+    for family in ("sd1x", "sdxl")
+    for role in ("adapter", "full", "full of a teacher that embeds w")
+    for kind in ("epsilon", "v_prediction")
+    for loss_type in ("l2", "huber")
+    if role != "full of a teacher that embeds w" or (kind, loss_type) == ("epsilon", "l2")
+]
 
 
-@pytest.mark.parametrize(("kind", "options"), [("epsilon", {}), ("v_prediction", {}), ("epsilon", MID_PHASE)], ids=str)
-def test_sdxl(kind: Any, options: Any, tiny_model: Path, tiny_model_v: Path) -> None:
-    """The real UNet with diffusers' own adapter switches, and its conditioning written out by hand."""
-    from peft import LoraConfig
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: ModelSource(str(RECIPES[name](folder / name))) for name in ("sd1x", "sdxl")}
 
-    from simpletuner.families._source import ModelSource
-    from simpletuner.families.sdxl import PLUGIN
 
-    source = ModelSource(path=str(tiny_model if kind == "epsilon" else tiny_model_v))
-    family = PLUGIN().for_model(source)
-    base = family.load(source, torch.float64)
-    adapted = copy.deepcopy(base)
-    adapted.requires_grad_(False)
-    adapted.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_out.0", "conv1"]))
-    fill_lora(adapted, 3)
-    twin = copy.deepcopy(adapted)
-    schedule = family.schedule(source)
-    assert family.facts(source).prediction_type == kind
-
+@pytest.mark.parametrize(("name", "role", "kind", "options"), [*CASES, ("sdxl", "adapter", "epsilon", MID_PHASE)])
+def test_unets(name: str, role: str, kind: str, options: Any, sources: dict[str, ModelSource]) -> None:
+    """The real UNets with diffusers' own adapter switches, and their conditioning written out by hand."""
+    family = registry.load("families", name)().for_model(sources[name])
+    schedule = family.schedule(sources[name])
     config = LCMConfig(num_ddim_timesteps=25, **options)
+    student, teacher, target = _networks(family, sources[name], role)
+    twin = copy.deepcopy(student)
+    base = teacher if teacher is not student else family.load(sources[name], torch.float64)
+    batch, without = _unet_batch(student, name)
+    told = role.endswith("embeds w")
+    adapter = "default" if role == "adapter" else None
     denoisers = {
-        name: Denoiser(family, adapted, adapter, kind, schedule, None)
-        for name, adapter in (("student", "default"), ("teacher", None), ("target", "default"))
+        role: Denoiser(family, module, chosen, kind, schedule, None, told)
+        for role, module, chosen in (
+            ("student", student, adapter),
+            ("teacher", teacher, None),
+            ("target", target, adapter),
+        )
     }
-    lcm = LCM(Setup(config, denoisers, schedule, family.uncond))
-    batch = _sdxl_batch(base)
+    lcm = LCM(Setup(config, denoisers, schedule, lambda cond: family.uncond(cond, one(without(cond), 0))))
     output = lcm.loss("student", batch, lcm.draw(batch, Randomness(7)), 0)
     output.per_sample.sum().backward()
 
-    keys = sorted(batch.cond)
-    tokens_key = next(key for key in keys if batch.cond[key].ndim == 3)
-    pooled_key = next(key for key in keys if batch.cond[key].ndim == 2)
-
-    def network(module: nn.Module) -> reference.Network:
+    def network(module: Any) -> reference.Network:
         def call(z: Tensor, t: float, cond: Any) -> Tensor:
-            features, geometry = cond
-            added = {"text_embeds": features[pooled_key], "time_ids": geometry}
-            return module(z, t, features[tokens_key], added_cond_kwargs=added).sample
+            features, geometry, w = cond
+            width = module.config.time_cond_proj_dim
+            embedded = None if width is None else reference.guidance_features(w, width)
+            added = {"text_embeds": features.get("pooled_prompt_embeds"), "time_ids": geometry}
+            return module(z, t, features["prompt_embeds"], timestep_cond=embedded, added_cond_kwargs=added).sample
 
         return call
 
-    def zeros(cond: Cond) -> Cond:
-        return {name: torch.zeros_like(value) for name, value in cond.items()}
-
+    parts = {"student": network(twin), "teacher": network(base), "target": network(twin if adapter else target)}
     acp = reference.alphas_cumprod()
-    losses = reference_losses(lcm, config, batch, kind, network(twin), network(base), zeros, acp=acp)
+    losses = reference_losses(lcm, config, batch, kind, without=without, acp=acp, teacher_embeds_w=told, **parts)
     torch.stack(losses).sum().backward()
     torch.testing.assert_close(output.per_sample, torch.stack(losses), rtol=RTOL, atol=0)
-    ours = {name: p.grad for name, p in trainable(adapted).items() if p.grad is not None}
+    ours = {name: p.grad for name, p in trainable(student).items() if p.grad is not None}
     assert_same_gradients(ours, {name: p.grad for name, p in trainable(twin).items() if p.grad is not None})
-    assert len(ours) == len(trainable(adapted)) >= 20
+    assert len(ours) == len(trainable(student)) >= 20
 
 
-def _sdxl_batch(unet: Any) -> Batch:
-    """Returns two samples of float64 latents, with text features of the network's own widths."""
+def _networks(family: Any, source: ModelSource, role: str) -> tuple[Any, Any, Any]:
+    """Returns student, teacher and target in float64, every weight of the student and the target moved."""
+    if role == "adapter":
+        network = family.load(source, torch.float64).requires_grad_(False)
+        network.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_out.0", "conv1"]))
+        fill_lora(network, 3)
+        return network, network, network
+    generator = torch.Generator().manual_seed(5)
+
+    def moved(module: nn.Module) -> nn.Module:
+        for parameter in module.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        return module
+
+    teacher = family.load(source, torch.float64, 16 if role.endswith("embeds w") else None)
+    student, target = (moved(family.load(source, torch.float64, 16)) for _ in range(2))
+    return student, moved(teacher).requires_grad_(False), target.requires_grad_(False)
+
+
+def _unet_batch(unet: Any, name: str) -> tuple[Batch, Callable[[Cond], Cond]]:
+    """Returns two samples of float64 latents, with text features of the network's widths, and what stands for none."""
     sizes = unet.config
-    pooled = sizes.projection_class_embeddings_input_dim - 6 * sizes.addition_time_embed_dim
     generator = torch.Generator().manual_seed(11)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(2, *shape, generator=generator, dtype=torch.float64)
 
-    cond = {"prompt_embeds": normal(7, sizes.cross_attention_dim), "pooled_prompt_embeds": normal(pooled)}
-    return dataclasses.replace(toy_batch(2), mean=normal(4, 8, 8), std=0.1 * normal(4, 8, 8).abs(), cond=cond)
+    cond = {"prompt_embeds": normal(7, sizes.cross_attention_dim)}
+    empty = normal(7, sizes.cross_attention_dim)[:1].expand(2, -1, -1)
+    if name == "sdxl":
+        pooled = sizes.projection_class_embeddings_input_dim - 6 * sizes.addition_time_embed_dim
+        cond["pooled_prompt_embeds"] = normal(pooled)
+
+    def without(features: Cond) -> Cond:
+        return uncond(features) if name == "sdxl" else {"prompt_embeds": empty}
+
+    batch = dataclasses.replace(toy_batch(2), mean=normal(4, 8, 8), std=0.1 * normal(4, 8, 8).abs(), cond=cond)
+    return batch, without
