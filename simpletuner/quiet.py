@@ -8,9 +8,11 @@ def quieten_libraries() -> None:
 
     One of these says that torchvision is missing, which nothing here needs.
     """
-    from transformers.utils import logging  # here, because it takes seconds
+    from diffusers.utils import logging as diffusers_logging  # here, because it takes seconds
+    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    for library in (logging, diffusers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     # accelerate 1.15 always passes what torch 2.13 wants to be called otherwise.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

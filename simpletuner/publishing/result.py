@@ -66,7 +66,12 @@ def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:
         for name, network in networks.items():
             write_network(folder / name, network)
             yield f"its {'average' if name == 'ema' else 'online weights'}: {folder / name}"
-    document = {"step": state.step, "config": plan.config.model_dump(mode="json"), **provenance()}
+    document = {
+        "step": state.step,
+        "sampling": _sampling(plan, settings),
+        "config": plan.config.model_dump(mode="json"),
+        **provenance(),
+    }
     with files_into(folder) as made:
         (made / CARD).write_text(card_text(_card_facts(plan, run, settings)), encoding="utf8")
         (made / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")

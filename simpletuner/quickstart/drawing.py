@@ -42,6 +42,11 @@ def draw(folder: Path, count: int = 300, seed: int = 0) -> Path:
     return folder
 
 
+def are_scenes(folder: Path | None) -> bool:
+    """Returns whether a folder's pictures were drawn here."""
+    return folder is not None and (folder / _MARKER).is_file()
+
+
 def render(scene: Scene) -> Image.Image:
     """Returns the RGB picture of a scene, drawn larger and scaled down so that edges are smooth."""
     large = _render_background(scene.background, scene.width, scene.height)

@@ -10,7 +10,6 @@ Writes ``model``, an ordinary diffusers folder with a card and ``scores.json``, 
 import argparse
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from make_start import reconstruct  # the script beside this one
 from PIL import Image
 
 from simpletuner.atomic import files_into, new_folder
+from simpletuner.evaluation.drawing import draw_scenes
+from simpletuner.evaluation.samplers import teacher_sampler
+from simpletuner.hooks.caching import CachingProgress
 from simpletuner.quickstart.drawing import render
 from simpletuner.quickstart.judge import accuracy
 from simpletuner.quickstart.scenes import Scene, Split, make_prompt
 
-NUM_STEPS, GUIDANCE_SCALE = 25, 3.0
 PROMPTS_SEED = 0
-_BATCH = 32
 
 
 def main() -> None:
@@ -61,12 +61,12 @@ def measure(model: Path, num_pictures: int) -> dict[str, Any]:  # Any: JSON
     """Returns how many pictures are right: as drawn, through the VAE, and drawn by the model from seen and unseen."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, add_watermarker=False)
     pipeline.to(dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    sampler = teacher_sampler(dict(pipeline.scheduler.config))
     scenes = [make_prompt(PROMPTS_SEED, index) for index in range(num_pictures)]
     drawn = [render(scene) for scene in scenes]
     scores = {
-        "num_inference_steps": NUM_STEPS,
-        "guidance_scale": GUIDANCE_SCALE,
+        "num_inference_steps": sampler.num_inference_steps,
+        "guidance_scale": sampler.guidance_scale,
         "generator": _score(drawn, scenes),
         "vae": _score([reconstruct(pipeline.vae, picture) for picture in drawn], scenes),
     }
@@ -74,7 +74,7 @@ def measure(model: Path, num_pictures: int) -> dict[str, Any]:  # Any: JSON
     for split in splits:
         scenes = [make_prompt(PROMPTS_SEED, index, split) for index in range(num_pictures)]
         started = time.perf_counter()
-        pictures = sample(pipeline, scenes)
+        pictures = draw_scenes(pipeline, sampler, scenes, CachingProgress())
         scores[f"samples, {split}"] = _score(pictures, scenes)
         print(f"drew {len(pictures)} pictures in {time.perf_counter() - started:.0f} s", flush=True)
     return scores
@@ -118,27 +118,6 @@ picture was drawn for; "unseen" are combinations of colour and shape that no tra
 
 {table}
 """
-
-
-def sample(pipeline: StableDiffusionXLPipeline, scenes: list[Scene]) -> list[Image.Image]:
-    """Returns a picture for each scene's caption, in the scene's size; the noise is a function of the scene's place."""
-    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, scene in enumerate(scenes):
-        by_size[scene.width, scene.height].append(index)
-    pictures: dict[int, Image.Image] = {}
-    for (width, height), indices in by_size.items():
-        for start in range(0, len(indices), _BATCH):
-            batch = indices[start : start + _BATCH]
-            drawn = pipeline(
-                [scenes[index].caption for index in batch],
-                width=width,
-                height=height,
-                num_inference_steps=NUM_STEPS,
-                guidance_scale=GUIDANCE_SCALE,
-                generator=[torch.Generator().manual_seed(index) for index in batch],
-            )
-            pictures |= dict(zip(batch, drawn.images, strict=True))
-    return [pictures[index] for index in range(len(scenes))]
 
 
 def _score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, Any]:  # Any: JSON
