@@ -15,9 +15,9 @@ _RULES: tuple[_Rule, ...] = (
         "model_type is full, which has no adapter",
     ),
     (
-        ("export_weights",),
+        ("export_weights", "export_pipeline"),
         lambda config, _: config.model.model_type == "lora",
-        "an adapter has one kind of weights",
+        "the result is an adapter, of one kind of weights, to be loaded into its base model",
     ),
     (
         ("noise_offset",),

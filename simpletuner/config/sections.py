@@ -315,6 +315,11 @@ class PublishSection(Section):
         "free",
         "For methods that average a full model: which weights are the result; the others are in a folder beside it.",
     )
+    export_pipeline: bool = setting(
+        False,
+        "free",
+        "For full models: also write the folder `pipeline`, which diffusers loads with no other model beside it.",
+    )
     model_card_note: str | None = setting(None, "free", "Text of your own for the model card.")
     report_to: tuple[Tracker, ...] = setting(
         (), "free", "Trackers: one, a list or a comma-separated string; none.", inert=_NOT_TRACKED

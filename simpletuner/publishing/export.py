@@ -49,6 +49,13 @@ def write_network(folder: Path, module: nn.Module) -> None:
         _diffusers(half).save_pretrained(temporary, safe_serialization=True, variant="fp16")
 
 
+def write_pipeline(folder: Path, pipeline: Any) -> Path:  # Any: a diffusers pipeline
+    """Writes a whole pipeline, for ``DiffusionPipeline.from_pretrained``; returns its folder."""
+    with files_into(folder) as temporary:
+        pipeline.save_pretrained(temporary / "pipeline", safe_serialization=True)
+    return folder / "pipeline"
+
+
 def write_scheduler(folder: Path, scheduler: Any) -> Path:  # Any: see write_lora
     """Writes ``scheduler/scheduler_config.json``, which ``from_pretrained(folder, subfolder="scheduler")`` reads."""
     with files_into(folder) as temporary:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from simpletuner.atomic import files_into
+from simpletuner.families._base import Part
 from simpletuner.plan import Plan
 from simpletuner.plan_view import plan_rows
-from simpletuner.publishing.export import write_lora, write_model, write_network
+from simpletuner.publishing.export import write_lora, write_model, write_network, write_pipeline
 from simpletuner.publishing.model_card import CardFacts, card_text
 from simpletuner.training.adapters import adapter_metadata, adapter_state
 from simpletuner.training.build import Run
@@ -34,7 +35,8 @@ def result_files(plan: Plan) -> list[Path]:
     """
     folder = plan.config.run.output_dir
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
-    return [path for path in (folder / CARD, folder / CONFIG, folder / "scheduler", *weights) if path.exists()]
+    others = (folder / name for name in (CARD, CONFIG, "scheduler", "pipeline"))
+    return [path for path in (*others, *weights) if path.exists()]
 
 
 def disown(plan: Plan, step: int) -> None:
@@ -57,15 +59,7 @@ def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:
         )
         yield f"adapter: {path}"
     else:
-        networks = {"online": run.module}
-        if run.averages:
-            networks["ema"] = run.averages["target"].network
-        exported = _exported(plan, run)
-        write_model(folder, networks.pop(exported), settings.scheduler)
-        yield f"model: {folder}"
-        for name, network in networks.items():
-            write_network(folder / name, network)
-            yield f"its {'average' if name == 'ema' else 'online weights'}: {folder / name}"
+        yield from _write_networks(plan, run, settings)
     document = {
         "step": state.step,
         "sampling": _sampling(plan, settings),
@@ -76,6 +70,26 @@ def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:
         (made / CARD).write_text(card_text(_card_facts(plan, run, settings)), encoding="utf8")
         (made / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
     yield f"how to draw with it: {folder / CARD}"
+
+
+def _write_networks(plan: Plan, run: Run, settings: SamplingSettings) -> Iterator[str]:
+    """Writes a full model: the weights that are the result, the others, and the whole pipeline if that is asked for."""
+    folder = plan.config.run.output_dir
+    networks = {"online": run.module}
+    if run.averages:
+        networks["ema"] = run.averages["target"].network
+    result = networks.pop(_exported(plan, run))
+    write_model(folder, result, settings.scheduler)
+    yield f"model: {folder}"
+    for name, network in networks.items():
+        write_network(folder / name, network)
+        yield f"its {'average' if name == 'ema' else 'online weights'}: {folder / name}"
+    if plan.config.publish.export_pipeline:
+        # In float32, because transformers loads its models as they were saved, and diffusers all others in float32.
+        parts = frozenset[Part]({"vae", "text"})
+        encoders: Any = run.family.load_encoders(run.source, torch.device("cpu"), torch.float32, parts)  # Any: its own
+        pipeline = run.family.pipeline(result, settings.scheduler, encoders.vae, encoders)
+        yield f"a pipeline of its own: {write_pipeline(folder, pipeline)}"
 
 
 def _exported(plan: Plan, run: Run) -> str:

@@ -76,7 +76,8 @@ def test_a_combination(
         assert all(line.startswith(("distillation_method: ", "model_type: ")) for line in lines), lines
         pytest.skip(f"refused: {lines}")
     # Weight decay would move weights that get no gradient.
-    built = train(project, monkeypatch, **changes, learning_rate=1e-3, adam_weight_decay=0.0)
+    whole = model_type == "full" or None
+    built = train(project, monkeypatch, **changes, export_pipeline=whole, learning_rate=1e-3, adam_weight_decay=0.0)
     losses = [row["loss"] for row in project.rows()]
     assert len(losses) == 2
     assert all(isinstance(loss, float) and math.isfinite(loss) and loss > 0 for loss in losses)
@@ -86,6 +87,10 @@ def test_a_combination(
     assert picture.shape == (1, 64, 64, 3)
     assert bool(torch.isfinite(picture).all())
     assert float(picture.std()) > 0
+    if whole:
+        alone = diffusers.DiffusionPipeline.from_pretrained(project.output / "pipeline")
+        assert torch.equal(draw(alone, built), picture)
+        assert alone.scheduler.config["_class_name"] == pipeline.scheduler.config["_class_name"]
 
 
 def test_what_a_family_lacks_refuses_the_combination(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageChops
 from safetensors import safe_open
 
@@ -29,6 +30,7 @@ SFT: dict[str, Any] = LCM | {
 }
 FULL: dict[str, Any] = SFT | {"model_type": "full", "lora_alpha": None, "learning_rate": 1e-3}
 DISTILLED: dict[str, Any] = LCM | {"model_type": "full", "lora_alpha": None, "learning_rate": 1e-3}
+WHOLE = {"export_pipeline": True, "validation_guidance": 5.0}  # what an SDXL pipeline is drawn with unless it is told
 RUNS: dict[str, dict[str, Any]] = {
     "float32": LCM | WITH_BASE,
     "bf16": LCM | {"mixed_precision": "bf16"},
@@ -42,9 +44,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "full-bf16": FULL | {"mixed_precision": "bf16", "optimizer": "adamw_bf16"},
     "full-autocast": FULL | {"mixed_precision": "bf16"},
     "distilled-full": DISTILLED,
-    "distilled-full-bf16": DISTILLED | {"mixed_precision": "bf16", "optimizer": "adamw_bf16"},
+    "distilled-full-bf16": DISTILLED | WHOLE | {"mixed_precision": "bf16", "optimizer": "adamw_bf16"},
     "distilled-full-random": DISTILLED | {"distillation_method": "tcd", "distillation_config": {}},
-    "distilled-average": DISTILLED | {"export_weights": "ema"},
+    "distilled-average": DISTILLED | WHOLE | {"export_weights": "ema"},
 }
 
 FRESH = """
@@ -157,6 +159,23 @@ def test_the_files_of_a_whole_model(outputs: dict[str, Path]):
         dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  (it is no dict)
     assert dtypes == {torch.bfloat16}
     assert not (output / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("distilled-full-bf16", torch.bfloat16), ("distilled-average", torch.float32)]
+)
+def test_the_pipeline_draws_alone_with_nothing_said_but_the_steps(
+    outputs: dict[str, Path], name: str, dtype: torch.dtype
+):
+    pipeline = DiffusionPipeline.from_pretrained(outputs[name] / "pipeline", torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    sizes = {"width": 64, "height": 64}  # else the model's own
+    drawn = pipeline(PROMPT, num_inference_steps=4, generator=torch.Generator().manual_seed(42), **sizes).images[0]
+    expected = Image.open(outputs[name] / "image.png").convert("RGB")
+    assert max(high for _, high in ImageChops.difference(drawn, expected).getextrema()) <= 1
+    plain = DiffusionPipeline.from_pretrained(outputs[name] / "pipeline")
+    plain.set_progress_bar_config(disable=True)
+    assert differ(plain(PROMPT, num_inference_steps=4, **sizes).images[0], Image.new("RGB", (64, 64)))
 
 
 def test_the_scheduler_is_the_methods(outputs: dict[str, Path]):
