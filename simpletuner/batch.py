@@ -28,10 +28,10 @@ class Batch:
     position: Tensor
     """[B] int64 global sample position: the seed of every draw for the sample."""
     weight: Tensor
-    """[B] float32: 1, or 0 for filler that keeps ranks even."""
+    """[B] float32: 1, or 0 for filler that keeps ranks even and for an image that turned out broken."""
     ids: tuple[str, ...]
     global_weight: float
-    """Sum of ``weight`` over the same micro-batch on all ranks: known from the sampler, so that no rank must ask."""
+    """Samples of the same micro-batch on all ranks, a broken image included: known without asking the other ranks."""
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """Returns the batch with every tensor on the device."""

@@ -5,7 +5,11 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from simpletuner.data.streaming import live_parts
 from simpletuner.data.summary import DatasetSummary
+from simpletuner.families._base import Part
 from simpletuner.plan import Plan
 
 _WIDTH = 96
@@ -43,6 +47,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:  # Any: JSON
             "guidance_scale": plan.validation.guidance_scale,
         },
         "caches": [{**vars(cache), "folder": str(cache.folder)} for cache in plan.caches],
+        "encoders_loaded": _live(plan),
         "notices": list(plan.notices),
     }
 
@@ -94,6 +99,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     for summary in plan.datasets:
         yield from _dataset_lines(summary, plan.world)
     yield from _cache_lines(plan)
+    yield from _live_lines(plan)
     processes = _some(plan.world, "process", "processes")
     batch = f"batch {run.train_batch_size} x {run.gradient_accumulation_steps} accumulated x {processes}"
     yield f"steps       {plan.max_steps} of {_some(plan.effective_batch, 'sample')} ({batch}): {_epochs(plan)}"
@@ -146,6 +152,25 @@ def _cache_lines(plan: Plan) -> Iterator[str]:
             f"{heading:12}{cache.missing} of {cache.total} {cache.what} of {cache.id}: {_bytes(cache.missing_bytes)} "
             f"of {_bytes(cache.total_bytes)}"
         )
+
+
+def _live(plan: Plan) -> dict[Part, dict[str, Any]]:
+    """Returns encoder -> for which datasets it stays loaded, and its bytes on each device; None: not known yet."""
+    dtypes: dict[Part, torch.dtype] = {"vae": plan.vae_dtype, "text": plan.weight_dtype}
+    numbers = plan.facts.encoder_numbers
+    return {
+        part: {"datasets": list(ids), "bytes": numbers[part] * dtypes[part].itemsize if part in numbers else None}
+        for part, ids in live_parts(summary.config for summary in plan.datasets).items()
+    }
+
+
+def _live_lines(plan: Plan) -> Iterator[str]:
+    heading = "streaming"
+    for part, told in _live(plan).items():
+        what, encoder = ("images", "the VAE stays") if part == "vae" else ("captions", "the text encoders stay")
+        taken = "" if told["bytes"] is None else f", {_bytes(told['bytes'])} on each device"
+        yield f"{heading:12}{what} of {', '.join(told['datasets'])} are not cached: {encoder} loaded{taken}"
+        heading = ""
 
 
 def _validation_lines(plan: Plan) -> Iterator[str]:

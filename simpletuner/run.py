@@ -130,6 +130,7 @@ def _dataset(plan: Plan, cache: Cache, accelerator: Accelerator) -> CachedDatase
         plan.config.data.caption_dropout_probability,
         _ranks(accelerator),
         pin_memory=accelerator.device.type == "cuda",
+        encoding=plan.encoding(accelerator.device),
     )
 
 

@@ -72,7 +72,10 @@ class DatasetConfig(Section):
         False, "free", "Encode the latents again after each epoch.", inert="they would be the same: crops do not change"
     )
     vae_cache_disable: bool = setting(
-        False, "free", "Encode latents in the training loop.", inert="streaming is not built yet: latents are cached"
+        False, "may_change", "Encode the images while training, and cache no latents: the VAE stays loaded."
+    )
+    text_cache_disable: bool = setting(
+        False, "may_change", "Encode the captions while training, and cache none: the text encoders stay loaded."
     )
     metadata_backend: Literal["discovery"] = setting("discovery", "free", "Where image sizes come from.")
     options: dict[str, Json] = setting({}, "free", "Keys of a backend other than local, checked by that backend.")

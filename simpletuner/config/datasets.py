@@ -27,6 +27,7 @@ _INHERITED = (
     "vae_batch_size",
     "write_batch_size",
     "vae_cache_disable",
+    "text_cache_disable",
 )
 _ENTRY_KEYS = frozenset({"disabled", "default", "cache_dir", "text_embeds", "image_embeds", "aspect_bucket_alignment"})
 _DATASET_KEYS = frozenset(DatasetConfig.model_fields) - {"options", "alignment"} | _ENTRY_KEYS

@@ -117,7 +117,7 @@ class RunSection(Section):
         "Worker processes that read batches ahead.",
         ge=0,
         le=64,
-        inert="a thread reads batches ahead: cached features are mapped into memory, and need no decoding",
+        inert="threads of the process read batches ahead, and decode what is not cached",
     )
     disable_benchmark: bool = setting(False, "free", "Do not sample the base model before training, for comparison.")
     logging_steps: int = setting(10, "free", "Steps between two readings of the metrics from the device.", ge=1)
@@ -251,7 +251,10 @@ class DataSection(Section):
     write_batch_size: int = setting(128, "free", "Entries of one cache file.", ge=1)
     max_train_samples: int | None = setting(None, "may_change", "Use so many images of each dataset only.", ge=1)
     vae_cache_disable: bool = setting(
-        False, "free", "Encode latents in the training loop.", inert="streaming is not built yet: latents are cached"
+        False, "may_change", "Encode the images while training, and cache no latents: the VAE stays loaded."
+    )
+    text_cache_disable: bool = setting(
+        False, "may_change", "Encode the captions while training, and cache none: the text encoders stay loaded."
     )
     vae_cache_ondemand: bool = setting(
         False, "free", "Cache latents when they are first used.", inert="latents are cached before training"

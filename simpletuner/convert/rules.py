@@ -244,16 +244,19 @@ _RULES = (_launcher, _precision, _pictures, _steps, _course, _checkpoints)
 
 
 def _shards(work: _Work) -> None:
-    """Writes the dataset that reads shards as the scripts do, which stream them.
-
-    Streaming is not built yet: the plan of what is written says so, and that the latents are cached.
-    """
+    """Writes the dataset that encodes images and captions while training, as the scripts do."""
     place = work.values["train_shards_path_or_url"]
     if place is None:
         work.problems.lines.append("--train_shards_path_or_url: required: where the shards are")
         return
     shards = _without_pipe(str(place))
-    entry: dict[str, Json] = {"id": "shards", "type": "webdataset", "shards": shards, "vae_cache_disable": True}
+    entry: dict[str, Json] = {"id": "shards", "type": "webdataset", "shards": shards}
+    entry |= {"vae_cache_disable": True, "text_cache_disable": True}
+    if "://" in shards:
+        work.notices.append(
+            "--train_shards_path_or_url: all shards that are named are downloaded before training, once, where the "
+            "scripts read them as they go: name as many as the run needs"
+        )
     if shards != place:
         work.notices.append("--train_shards_path_or_url: read without the pipe, which would run a command")
     elif shards.startswith("pipe:"):

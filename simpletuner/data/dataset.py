@@ -1,10 +1,13 @@
-"""Batches of cached features in the sampler's order, prefetched by a thread, as this rank's share.
+"""Batches of features in the sampler's order, prefetched by threads, as this rank's share.
 
-Shapes: B samples of this rank, C latent channels, h w latent size.
+Features are read from the caches; those of datasets that are not cached are made when their batch is taken.
+
+Shapes: B samples of this rank, C latent channels, h w latent size, H W pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -14,9 +17,10 @@ from torch import Tensor
 
 from simpletuner.batch import Batch, Cond
 from simpletuner.data.cache import Reader
-from simpletuner.data.identity import Ranks, ahead, text_key
-from simpletuner.data.precompute import Cache
+from simpletuner.data.identity import Encoding, Ranks, ahead, text_key
+from simpletuner.data.precompute import NUM_DECODERS, Cache
 from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, share
+from simpletuner.data.streaming import LiveEncoders, Pictures, live_parts
 from simpletuner.randomness import Randomness
 
 Uncond = Callable[[Cond, Cond], Cond]
@@ -38,11 +42,29 @@ class _Images:
     """[ways, n, 6]; ways is 2 where images are shown mirrored too, otherwise 1."""
     latents: npt.NDArray[np.int32]
     """[ways, n, 2] shard and row."""
+    reader: Reader
+    pictures: Pictures | None
+    """In place of ``latents``, which are then empty, where these are not cached."""
+    vae_batch_size: int
     caption_starts: npt.NDArray[np.int64]
-    """[n + 1] where in ``captions`` an image's own begin."""
+    """[n + 1] where in ``captions``, or ``texts``, an image's own begin."""
     captions: npt.NDArray[np.int32]
     """[number of captions, 2] shard and row of the text cache."""
-    reader: Reader
+    texts: tuple[str, ...]
+    """The captions themselves, in place of ``captions``, where text features are not cached."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A batch as the threads bring it."""
+
+    batch: Batch
+    """What is not cached is still empty."""
+    images: _Images
+    pixels: Tensor | None
+    """[B, 3, H, W], where latents are not cached."""
+    texts: tuple[str, ...]
+    """One caption a sample, where text features are not cached."""
 
 
 class CachedDataset:
@@ -56,8 +78,9 @@ class CachedDataset:
         caption_dropout: float = 0.0,
         ranks: Ranks | None = None,
         pin_memory: bool = False,
+        encoding: Encoding | None = None,
     ) -> None:
-        """Resolves where each image's features are; reads none.
+        """Resolves where each image's features are, and reads none; loads the encoders of what is not cached.
 
         Args:
             cache: What ``precompute`` returned.
@@ -66,12 +89,16 @@ class CachedDataset:
             caption_dropout: Probability that a sample is shown without its caption.
             ranks: Which share of each batch is this process's.
             pin_memory: Page-lock batches, for faster copies to a CUDA device.
+            encoding: Who encodes what is not cached; None: everything is.
         """
         self._ranks = ranks or Ranks()
         self._uncond, self._dropout, self._pin = uncond, caption_dropout, pin_memory
         self._randomness = Randomness(seed)
         self._text = Reader(cache.text.shards)
         self._empty = cache.prompt("")
+        parts = live_parts(manifest.dataset for manifest in cache.manifests)
+        assert encoding is not None or not parts
+        self._encoders = LiveEncoders(encoding, parts) if encoding is not None else None
         resolved = [_resolve(cache, number) for number in range(len(cache.manifests))]
         self._images = [images for images, _ in resolved]
         self.problems = {
@@ -106,8 +133,13 @@ class CachedDataset:
         Args:
             position: Where to go on; None: the beginning.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            yield from ahead(pool, lambda item: (self._batch(item[0]), item[1]), self._draws(position), _PREFETCHED)
+        with (
+            ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="pictures") as decoders,
+            ThreadPoolExecutor(1, thread_name_prefix="batches") as pool,
+            closing(ahead(pool, lambda item: self._read(*item, decoders), self._draws(position), _PREFETCHED)) as read,
+        ):
+            for batch, after in read:
+                yield self._encoded(batch), after
 
     def _draws(self, position: Position | None) -> Iterator[tuple[Draw, Position]]:
         """Yields which images make each batch, and the position behind it."""
@@ -116,52 +148,92 @@ class CachedDataset:
             draw, after = self.sampler.next(after)
             yield draw, after
 
-    def _batch(self, draw: Draw) -> Batch:
-        """Returns this rank's share of a batch; one filler sample of weight 0 when there is nothing for it."""
-        mine = share(len(draw.members), self._ranks.rank, self._ranks.world) or range(1)
-        filler = not share(len(draw.members), self._ranks.rank, self._ranks.world)
+    def _read(self, draw: Draw, after: Position, decoders: ThreadPoolExecutor) -> tuple[_Read, Position]:
+        """Returns this rank's share of a batch as far as it can be read, and the position behind it."""
         images = self._images[draw.dataset]
+        batch, rows, ways = self._share(draw, images)
+        choices = self._captions(images, rows, batch.position)
+        pixels, texts = None, tuple(images.texts[choice] for choice in choices if images.texts)
+        if images.pictures is None:
+            batch = replace(batch, **_stacked([images.reader.row(*own) for own in images.latents[ways, rows].tolist()]))
+        else:
+            pixels, good = images.pictures.read(batch.ids, batch.geometry, ways.astype(bool).tolist(), decoders)
+            batch = replace(batch, weight=batch.weight * good)
+        if not texts:
+            cond = _stacked([self._text.row(*own) for own in images.captions[choices].tolist()])
+            batch = replace(batch, cond=self._with_dropped(cond, batch.dropped))
+        read = _Read(batch, images, pixels, texts)
+        return (_pinned(read) if self._pin else read), after
+
+    def _share(self, draw: Draw, images: _Images) -> tuple[Batch, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Returns this rank's share of a batch without features, and which images, [B] rows and [B] ways.
+
+        When there is nothing for this rank it is one filler sample of weight 0.
+        """
+        mine = share(len(draw.members), self._ranks.rank, self._ranks.world)
+        weight, mine = float(len(mine) > 0), mine or range(1)
         rows = images.starts[draw.bucket] + draw.members[mine.start : mine.stop]
         positions = torch.arange(mine.start, mine.stop) + draw.first_sample
         ways = np.zeros(len(rows), np.int64)
-        if len(images.latents) > 1:
-            ways = self._randomness.integers("flip", positions, len(images.latents)).numpy()
-        moments = [images.reader.row(*place) for place in images.latents[ways, rows].tolist()]
-        cond, dropped = self._cond(images, rows, positions)
-        batch = Batch(
-            mean=torch.stack([moment["mean"] for moment in moments]),
-            std=torch.stack([moment["std"] for moment in moments]) if "std" in moments[0] else None,
-            cond=cond,
-            dropped=dropped,
-            geometry=torch.from_numpy(images.geometry[ways, rows]),  # pyright: ignore[reportUnknownMemberType]
-            position=positions,
-            weight=torch.full((len(rows),), 0.0 if filler else 1.0),
-            ids=tuple(images.ids[row] for row in rows),
-            global_weight=float(len(draw.members)),
-        )
-        return _pinned(batch) if self._pin else batch
-
-    def _cond(self, images: _Images, rows: npt.NDArray[np.int64], positions: Tensor) -> tuple[Cond, Tensor]:
-        """Returns the text features [B, ...] of one drawn caption each, and which were dropped [B]."""
-        drawn: list[dict[str, Tensor]] = []
-        for row, position in zip(rows.tolist(), positions, strict=True):
-            first, count = int(images.caption_starts[row]), int(np.diff(images.caption_starts[row : row + 2])[0])
-            choice = int(self._randomness.integers("caption", position[None], count)) if count > 1 else 0
-            drawn.append(self._text.row(*images.captions[first + choice].tolist()))
-        cond = {name: torch.stack([features[name] for features in drawn]) for name in drawn[0]}
+        if len(images.geometry) > 1:
+            ways = self._randomness.integers("flip", positions, len(images.geometry)).numpy()
         dropped = torch.zeros(len(rows), dtype=torch.bool)
         if self._dropout > 0:
             dropped = self._randomness.uniform("caption_dropout", positions) < self._dropout
-        if bool(dropped.any()):
-            uncond = self._uncond(cond, self._empty)
-            shape = {name: (-1, *[1] * (values.ndim - 1)) for name, values in cond.items()}
-            cond = {name: torch.where(dropped.view(shape[name]), uncond[name], cond[name]) for name in cond}
-        return cond, dropped
+        batch = Batch(
+            mean=torch.empty(0),
+            std=None,
+            cond={},
+            dropped=dropped,
+            geometry=torch.from_numpy(images.geometry[ways, rows]),  # pyright: ignore[reportUnknownMemberType]
+            position=positions,
+            weight=torch.full((len(rows),), weight),
+            ids=tuple(images.ids[row] for row in rows),
+            global_weight=float(len(draw.members)),
+        )
+        return batch, rows, ways
+
+    def _encoded(self, read: _Read) -> Batch:
+        """Returns a batch with what is not cached encoded."""
+        batch = read.batch
+        if self._encoders is None:
+            return batch
+        if read.pixels is not None:
+            batch = replace(batch, **self._encoders.latents(read.pixels, read.images.vae_batch_size))
+        if read.texts:
+            batch = replace(batch, cond=self._with_dropped(self._encoders.text(read.texts), batch.dropped))
+        return batch
+
+    def _captions(self, images: _Images, rows: npt.NDArray[np.int64], positions: Tensor) -> list[int]:
+        """Returns the number of one drawn caption for each image."""
+        drawn: list[int] = []
+        for row, position in zip(rows.tolist(), positions, strict=True):
+            first, end = images.caption_starts[row : row + 2].tolist()
+            choice = int(self._randomness.integers("caption", position[None], end - first)) if end - first > 1 else 0
+            drawn.append(first + choice)
+        return drawn
+
+    def _with_dropped(self, cond: Cond, dropped: Tensor) -> Cond:
+        """Returns text features [B, ...] with the unconditional ones where captions are dropped [B]."""
+        if not bool(dropped.any()):
+            return cond
+        uncond = self._uncond(cond, self._empty)
+        shape = {name: (-1, *[1] * (values.ndim - 1)) for name, values in cond.items()}
+        return {
+            name: torch.where(dropped.to(values.device).view(shape[name]), uncond[name], values)
+            for name, values in cond.items()
+        }
+
+
+def _stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the features [B, ...] of B entries, by name."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, ...]]]:
-    """Returns the images of a dataset that have latents, and why the others have none."""
+    """Returns the images of a dataset that have latents, or will get them, and why the others have none."""
     manifest, index = cache.manifests[number], cache.latents[number]
+    dataset = manifest.dataset
     paths = manifest.ids
     rows: list[int] = []
     keys: list[tuple[str, ...]] = []
@@ -171,7 +243,8 @@ def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, .
     for kept in cache.buckets[number]:
         ways = [kept, kept.mirrored] if kept.mirrored else [kept]
         together = list(zip(*(way.keys for way in ways), strict=True))
-        usable = [place for place, own in enumerate(together) if all(key in index.rows for key in own)]
+        live = dataset.vae_cache_disable
+        usable = [place for place, own in enumerate(together) if live or all(key in index.rows for key in own)]
         for place in sorted({*range(len(together))} - {*usable}):
             reason = index.bad.get(kept.keys[place], "could not be read when it was to be encoded")
             problems.setdefault(reason, []).append(paths[kept.bucket.entries[place]])
@@ -181,20 +254,28 @@ def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, .
         starts.append(len(rows))
     all_captions = manifest.captions
     captions = [all_captions[row] for row in rows]
-    flat = [cache.text.rows[text_key(caption)] for own in captions for caption in own]
+    texts = tuple(caption for own in captions for caption in own)
+    places = [] if dataset.text_cache_disable else [cache.text.rows[text_key(caption)] for caption in texts]
+    latents = [] if dataset.vae_cache_disable else [[index.rows[key] for key in way] for way in zip(*keys, strict=True)]
     images = _Images(
         ids=tuple(paths[row] for row in rows),
         starts=tuple(starts),
         geometry=np.concatenate(geometry, axis=1),
-        latents=np.asarray([[index.rows[key] for key in way] for way in zip(*keys, strict=True)], np.int32),
-        caption_starts=np.cumsum([0, *map(len, captions)], dtype=np.int64),
-        captions=np.asarray(flat, np.int32).reshape(-1, 2),
+        latents=np.asarray(latents, np.int32),
         reader=Reader(index.shards),
+        pictures=Pictures(dataset) if dataset.vae_cache_disable else None,
+        vae_batch_size=dataset.vae_batch_size,
+        caption_starts=np.cumsum([0, *map(len, captions)], dtype=np.int64),
+        captions=np.asarray(places, np.int32).reshape(-1, 2),
+        texts=texts if dataset.text_cache_disable else (),
     )
     return images, {reason: tuple(ids) for reason, ids in problems.items()}
 
 
-def _pinned(batch: Batch) -> Batch:
+def _pinned(read: _Read) -> _Read:
     """Returns the batch in page-locked memory."""
+    batch, pixels = read.batch, read.pixels
     tensors = {f.name: v.pin_memory() for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
-    return replace(batch, **tensors, cond={name: values.pin_memory() for name, values in batch.cond.items()})
+    cond = {name: values.pin_memory() for name, values in batch.cond.items()}
+    pinned = pixels if pixels is None else pixels.pin_memory()
+    return replace(read, batch=replace(batch, **tensors, cond=cond), pixels=pinned)

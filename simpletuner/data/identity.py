@@ -1,7 +1,7 @@
 """What identifies cached features: the content of files, what is done to them, and who encodes them."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -129,7 +129,7 @@ def keyed_buckets(manifest: Manifest) -> list[KeyedBucket]:
 
 def ahead(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Yields function(item) in order, with at most ``window`` of them under way or waiting to be taken."""
     remaining = iter(items)
     waiting: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(remaining, window))

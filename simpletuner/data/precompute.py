@@ -4,6 +4,8 @@ What to encode is decided from the full ordered list of what is missing, in shar
 in fixed inner batches (encoders give slightly different numbers for other batch sizes). Finished shards drop out of
 that list whole, so a killed run goes on to the very bytes of an undisturbed one.
 
+Datasets say that they are not to be cached by ``vae_cache_disable`` and ``text_cache_disable``: see ``streaming.py``.
+
 Shapes: B inner batch, C latent channels, h w latent size, H W pixels.
 """
 
@@ -15,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -32,7 +34,9 @@ from simpletuner.data.identity import Encoding, KeyedBucket, Ranks, ahead, ident
 from simpletuner.data.manifest import Manifest, Progress, scan
 from simpletuner.data.transforms import BadImage, open_rgb, to_pixels
 
-_NUM_DECODERS = max(2, min(16, os.cpu_count() or 1))
+NUM_DECODERS = max(2, min(16, os.cpu_count() or 1))
+"""Threads that decode images."""
+
 _DECODED_BATCHES = 3  # inner batches that decoding is ahead of encoding
 _TEXT_BATCH_SIZE = 16
 
@@ -45,7 +49,7 @@ class Cache:
     buckets: tuple[tuple[KeyedBucket, ...], ...]
     """One tuple a manifest."""
     latents: tuple[Index, ...]
-    """One a manifest."""
+    """One a manifest; empty where latents are not cached."""
     text: Index
     text_reader: Reader = field(repr=False)
 
@@ -92,7 +96,7 @@ def precompute(
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> Cache:
-    """Returns the caches with everything in them; an encoder is loaded only when something is missing, and then freed.
+    """Returns the caches with all that is to be cached; an encoder is loaded only for what is missing, and then freed.
 
     Args:
         manifests: With captions (``prepare``).
@@ -107,15 +111,15 @@ def precompute(
             dataset could be decoded.
     """
     ranks, prompts = ranks or Ranks(), tuple(prompts)
-    manifests = tuple(identify(manifest, ranks, progress) for manifest in manifests)
+    manifests = tuple(m if m.dataset.vae_cache_disable else identify(m, ranks, progress) for m in manifests)
     buckets = tuple(tuple(keyed_buckets(manifest)) for manifest in manifests)
-    stores = [encoding.latent_store(manifest.dataset) for manifest in manifests]
+    stores = [None if m.dataset.vae_cache_disable else encoding.latent_store(m.dataset) for m in manifests]
     text_store = encoding.text_store(text_cache)
-    for store in (*stores, text_store):
+    for store in (*filter(None, stores), text_store):
         remove_stale(store.folder)
     texts = _texts(manifests, prompts)
     plan = zip(stores, manifests, buckets, strict=True)
-    shards = [shard for store, manifest, kept in plan for shard in _missing_latents(store, manifest, kept)]
+    shards = [shard for store, manifest, kept in plan if store for shard in _missing_latents(store, manifest, kept)]
     # Datasets that share a folder may share images too.
     shards = list({(shard.store.folder, digest(*shard.keys)): shard for shard in shards}.values())
     missing = text_store.index().missing(texts)
@@ -127,9 +131,10 @@ def precompute(
     _encode_text(chunks[ranks.rank :: ranks.world], texts, text_store, encoding, progress)
     ranks.barrier()
     text = text_store.index()
-    latents = tuple(store.index() for store in stores)
-    for manifest, kept, index in zip(manifests, buckets, latents, strict=True):
-        _require_latents(manifest, kept, index)
+    latents = tuple(store.index() if store else Index() for store in stores)
+    for store, manifest, kept, index in zip(stores, manifests, buckets, latents, strict=True):
+        if store:
+            _require_latents(manifest, kept, index)
     return Cache(manifests, buckets, latents, text, Reader(text.shards))
 
 
@@ -155,6 +160,8 @@ def outstanding(
     family = encoding.family
     found: list[Outstanding] = []
     for manifest in manifests:
+        if manifest.dataset.vae_cache_disable:
+            continue
         index = encoding.latent_store(manifest.dataset).index() if encoders_here else Index()
         total = missing = total_bytes = missing_bytes = 0
         for bucket, absent in _missing_by_bucket(manifest, index):
@@ -185,9 +192,9 @@ def _missing_by_bucket(manifest: Manifest, index: Index) -> list[tuple[Bucket, i
 
 
 def _texts(manifests: Iterable[Manifest], prompts: Iterable[str]) -> dict[str, str]:
-    """Returns key -> text of the empty prompt, the extra ones, and all captions, in order."""
+    """Returns key -> text of the empty prompt, the extra ones, and all captions that are cached, in order."""
     texts = {prompt_key(text): text for text in ("", *prompts)}
-    for manifest in manifests:
+    for manifest in (manifest for manifest in manifests if not manifest.dataset.text_cache_disable):
         texts |= {text_key(caption): caption for captions in manifest.captions for caption in captions}
     return texts
 
@@ -231,7 +238,7 @@ def _encode_latents(shards: Sequence[_Shard], encoding: Encoding, progress: Prog
     for shard in shards:
         backends.setdefault(shard.manifest.dataset.id, open_backend(shard.manifest.dataset))
     jobs = ((shard, row) for shard in shards for row in shard.rows)
-    with ThreadPoolExecutor(_NUM_DECODERS) as pool:
+    with ThreadPoolExecutor(NUM_DECODERS) as pool:
         decoded = ahead(pool, lambda job: _decode(backends[job[0].manifest.dataset.id], *job), jobs, window)
         for shard in shards:
             for count in _encode_shard(shard, decoded, encoding, encoders):
@@ -253,11 +260,27 @@ def _decode(backend: Backend, shard: _Shard, row: int) -> Tensor | str | None:
     if digest(content) != entry["digest"]:
         return None  # it was changed since it was identified: the next start finds it under its new key
     try:
-        cut = geometry(shard.manifest.dataset, entry["path"], entry["width"], entry["height"])
-        pixels = to_pixels(open_rgb(io.BytesIO(content)), cut)
-        return pixels.flip(-1) if shard.mirrored else pixels
+        size = entry["width"], entry["height"]
+        return cut_image(shard.manifest.dataset, entry["path"], size, io.BytesIO(content), shard.mirrored)
     except BadImage as error:
         return str(error)
+
+
+def cut_image(dataset: DatasetConfig, image_id: str, size: Size, file: BinaryIO, mirrored: bool) -> Tensor:
+    """Returns the pixels [3, H, W] of an image as it is trained on.
+
+    Args:
+        dataset: Says what is done to the image.
+        image_id: Decides a random crop.
+        size: Width and height as scanned.
+        file: The image file.
+        mirrored: Whether it is shown mirrored.
+
+    Raises:
+        BadImage: It is broken, or of another size.
+    """
+    pixels = to_pixels(open_rgb(file), geometry(dataset, image_id, *size))
+    return pixels.flip(-1) if mirrored else pixels
 
 
 def _encode_shard(
@@ -275,20 +298,19 @@ def _encode_shard(
             # Black stands in for a bad image: the others are encoded in a batch of the same size as without it.
             blank = torch.zeros(3, shard.target[1], shard.target[0])
             pixels = torch.stack([image if isinstance(image, Tensor) else blank for image in images])
-            for name, values in _posterior(pixels, encoding, encoders).items():
-                parts.setdefault(name, []).append(values[good])
+            for name, values in posterior(pixels, encoding, encoders).items():
+                parts.setdefault(name, []).append(values.cpu()[good])
             kept.extend(keys[number] for number in good)
             _require_finite(shard, keys, good, [values[-1] for values in parts.values()])
         yield len(keys)
     shard.store.write(shard.keys, {name: torch.cat(values) for name, values in parts.items()}, kept, bad)
 
 
-def _posterior(pixels: Tensor, encoding: Encoding, encoders: Any) -> dict[str, Tensor]:
-    """Returns mean and, where the encoder has one, std, [B, C, h, w] on the CPU."""
+def posterior(pixels: Tensor, encoding: Encoding, encoders: Any) -> dict[str, Tensor]:
+    """Returns mean and, where the encoder has one, std, [B, C, h, w] on the encoder's device."""
     with torch.no_grad():
-        mean, std = encoding.family.encode_image(encoders, pixels.to(encoding.device))
-    moments = {"mean": mean} if std is None else {"mean": mean, "std": std}
-    return {name: values.detach().cpu() for name, values in moments.items()}
+        mean, std = encoding.family.encode_image(encoders, pixels.to(encoding.device, non_blocking=True))
+    return {"mean": mean} if std is None else {"mean": mean, "std": std}
 
 
 def _require_finite(shard: _Shard, keys: Sequence[str], good: Sequence[int], moments: Sequence[Tensor]) -> None:

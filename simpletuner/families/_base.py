@@ -8,7 +8,7 @@ Shapes: B batch, C latent channels, h w latent size, H W picture size in pixels,
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -35,6 +35,8 @@ class Facts:
     """Width of the guidance embedding that the network already has."""
     cond_numbers: int = 0
     """How many numbers one prompt's features are, for the size of the cache."""
+    encoder_numbers: Mapping[Part, int] = field(default_factory=dict[Part, int])
+    """How many weights the encoders have, of those that are on this machine."""
     encoders_here: bool = False
     """Whether VAE and text encoders are on this machine: only then can the caches made by them be looked into."""
     notices: tuple[str, ...] = ()

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +96,19 @@ class Layout:
             shapes=shapes,
             guidance_embed_dim=unet.get("time_cond_proj_dim"),
             cond_numbers=cond_numbers(unet),
+            encoder_numbers={part: count for part in ("vae", "text") if (count := self._numbers(source, part))},
             encoders_here=self._encoders_here(source),
             notices=notices,
         )
+
+    def _numbers(self, source: ModelSource, part: Part) -> int | None:
+        """Returns how many weights a part has; None when not all of them are on this machine."""
+        files = [source.weights(name) for name in self.components(part) if name not in self.tokenizers]
+        if not all(files):
+            return None
+        shapes = [shape for path in sorted({*chain(*files)}) for shape in read_shapes(path).items()]
+        prefixes = self._prefixes(source, part)
+        return sum(prod(shape) for name, shape in shapes if name.startswith(prefixes))
 
     def schedule(self, source: ModelSource) -> NoiseSchedule:
         """Returns the noise schedule of the model's own scheduler config, downloaded first for a hub id."""
@@ -134,7 +146,7 @@ class Layout:
         """Returns a digest of the files that the part's features depend on; a hub id is downloaded first."""
         components = self.components(part)
         place = source.place(components[0])
-        prefixes = self._prefixes(part) if place.kind == "file" and place == source.main else ("",)
+        prefixes = self._prefixes(source, part)
         if place.kind == "file":
             configs = self.configs(source)
             folders, weights = [configs / name for name in components], source.weights(components[0])
@@ -144,7 +156,11 @@ class Layout:
         texts = (path for folder in folders for end in ("*.json", "*.txt") for path in folder.glob(end))
         return fingerprint(weights, (path for path in texts if ".index." not in path.name), prefixes)
 
-    def _prefixes(self, part: Part) -> tuple[str, ...]:
+    def _prefixes(self, source: ModelSource, part: Part) -> tuple[str, ...]:
+        """Returns how the names of a part's tensors begin in its file."""
+        place = source.place(self.components(part)[0])
+        if place.kind != "file" or place != source.main:
+            return ("",)
         return _VAE_PREFIXES if part == "vae" else (self.text_prefix,)
 
     def _check_kind(self, source: ModelSource, unet: Json) -> None:
@@ -171,7 +187,7 @@ class Layout:
         for part in ("vae", "text"):
             component = self.components(part)[0]
             names = source.shapes(component) or {}
-            missing = not any(name.startswith(self._prefixes(part)) for name in names)
+            missing = not any(name.startswith(self._prefixes(source, part)) for name in names)
             if missing and source.place(component) == source.main:
                 raise UserError(f"{source.main.key}: '{source.path}' holds no {component}; use a diffusers folder")
 

@@ -65,7 +65,7 @@ def test_two_processes_share_the_shards(project: Project, pictures: Path, tmp_pa
 def test_a_plan_of_shards_that_are_not_here_downloads_nothing(project: Project, pictures: Path, tmp_path: Path):
     shard(tmp_path / "remote", pictures)
     with served(tmp_path / "remote") as server:
-        project.datasets = [SHARDS | {"shards": f"{server.url}/{{000..001}}.tar", "vae_cache_disable": True}]
+        project.datasets = [SHARDS | {"shards": f"{server.url}/{{000..001}}.tar"}]
         plan = look_ahead(load(project.write(cache_dir=str(tmp_path / "cache"))))
         assert server.requests == []
     assert not (tmp_path / "cache").exists()
@@ -73,4 +73,3 @@ def test_a_plan_of_shards_that_are_not_here_downloads_nothing(project: Project, 
     text = plan_text(plan)
     assert "0 images so far (not all are counted yet)" in text
     assert "the epochs are known when the images are counted" in text
-    assert "vae_cache_disable: has no effect: streaming is not built yet" in text

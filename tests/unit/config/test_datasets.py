@@ -208,6 +208,13 @@ def test_lists_and_switches_in_quotes(run: Run) -> None:
     assert dataset.repeats == 3
 
 
+def test_caches_are_disabled_for_all_datasets_or_for_one(run: Run) -> None:
+    entries = [images(vae_cache_disable="false"), images(id="more", instance_data_dir="images")]
+    config = run.load({"vae_cache_disable": True, "text_cache_disable": "true"}, entries)
+    assert [(d.vae_cache_disable, d.text_cache_disable) for d in config.datasets] == [(False, True), (True, True)]
+    assert config.notices == ()
+
+
 def test_settings_without_effect_are_told(run: Run) -> None:
     config = run.load({}, [images(vae_cache_clear_each_epoch=True, preserve_data_backend_cache=False)])
     assert config.notices == (

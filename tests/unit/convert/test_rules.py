@@ -64,10 +64,12 @@ def test_published_commands_convert_and_load(file: Path, tmp_path: Path):
 
 
 def test_the_pipe_around_a_url_is_taken_off():
-    (entry,) = convert(PUBLISHED[0].read_text(encoding="utf8"), {}).datasets
+    made = convert(PUBLISHED[0].read_text(encoding="utf8"), {})
+    (entry,) = made.datasets
     assert str(entry["shards"]).startswith("https://huggingface.co/datasets/laion/conceptual")
     assert str(entry["shards"]).endswith("/{00000..01099}.tar?download=true")
-    assert entry["vae_cache_disable"] is True
+    assert (entry["vae_cache_disable"], entry["text_cache_disable"]) == (True, True)  # the scripts cache nothing
+    assert any("downloaded before training" in notice for notice in made.notices)
     for place, plain in {
         "pipe:curl -fsSL https://a/{0..9}.tar": "https://a/{0..9}.tar",
         "pipe:wget -qO- http://a/x.tar?y=z": "http://a/x.tar?y=z",
@@ -75,6 +77,7 @@ def test_the_pipe_around_a_url_is_taken_off():
     }.items():
         made = convert(f"{SD} --max_train_steps 1 --train_shards_path_or_url '{place}'", {})
         assert made.datasets[0]["shards"] == plain
+        assert any("downloaded before training" in notice for notice in made.notices) is plain.startswith("http")
     for place in (
         "pipe:curl -s https://a/x.tar | cat",
         "pipe:curl -H secret https://a/x.tar",  # without the header it would be another file

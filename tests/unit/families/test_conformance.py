@@ -54,6 +54,9 @@ def test_features_and_latents_have_the_planned_sizes(family_and_source):
     mean, std = family.encode_image(encoders, torch.zeros(1, 3, 64, 96))
     assert mean.shape[1:] == family.latent_shape(96, 64)
     assert std is None or std.shape == mean.shape
+    numbers = family.facts(source).encoder_numbers
+    assert numbers.keys() == {"vae", "text"}
+    assert numbers["vae"] == sum(value.numel() for value in encoders.vae.state_dict().values())
 
 
 def test_prediction_depends_on_every_input(family_and_source):

@@ -167,6 +167,8 @@ def test_single_file_is_the_folder(source, tiny_model, tiny_file, encoders):
     ours, theirs = family.encode_prompt(loaded, PROMPTS), family.encode_prompt(encoders, PROMPTS)
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     facts = family.facts(single)
+    assert facts.encoder_numbers["vae"] == family.facts(source).encoder_numbers["vae"]
+    assert facts.encoder_numbers["text"] == pytest.approx(family.facts(source).encoder_numbers["text"], rel=1e-2)
     assert facts.prediction_type == "epsilon"
     assert len(facts.notices) == 1
 
