@@ -1,6 +1,6 @@
-"""The command line: ``simpletuner train | plan | cache | quickstart | convert-command``.
+"""The command line: ``simpletuner train | plan | cache | evaluate | quickstart | convert-command``.
 
-train, plan and cache take ``--config PATH`` (a config.json or its folder) and overrides such as
+train, plan, cache and evaluate take ``--config PATH`` (a config.json or its folder) and overrides such as
 ``--max_train_steps 100``.
 A mistake of the user is printed as plain lines and ends with status 2; a run that was stopped by a signal with 128 plus
 its number, as a shell counts it.
@@ -25,6 +25,7 @@ _ConfigPath = Annotated[
     Path | None,
     typer.Option("--config", help="A config.json (or .toml), or the folder that holds it. Default: $ENV, or config/."),
 ]
+_NUM_SEEDS = 3
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -66,6 +67,28 @@ def cache(context: typer.Context, config: _ConfigPath = None) -> None:
     from simpletuner.run import fill_cache
 
     fill_cache(_read(context, config))
+
+
+@app.command(context_settings=_OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    config: _ConfigPath = None,
+    full: Annotated[bool, typer.Option("--full", help="Train with three seeds, and judge 512 prompts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Judge what a run has written beside the model that it started from, in 1, 2, 4 and 8 steps."""
+    from simpletuner.evaluation.evaluate import FULL, QUICK, evaluate
+    from simpletuner.hooks.caching import CachingProgress
+    from simpletuner.planning import look_ahead
+    from simpletuner.quiet import quieten_libraries
+    from simpletuner.run import train_with_seeds
+
+    quieten_libraries()
+    read = _read(context, config)
+    first = read.run.seed
+    results = train_with_seeds(read, range(first, first + _NUM_SEEDS)) if full else [read.run.output_dir]
+    report = evaluate(look_ahead(read), results, FULL if full else QUICK, CachingProgress())
+    print(json.dumps(report.json(), indent=1) if as_json else report.text())
 
 
 @app.command()

@@ -1,9 +1,11 @@
 """The whole way of a run: scan, plan, cache, build, train, publish; each arrow is one call."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +17,7 @@ from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.identity import Ranks
 from simpletuner.data.precompute import Cache, precompute, prepare
 from simpletuner.data.summary import summarise
+from simpletuner.evaluation.evaluate import evaluate
 from simpletuner.hooks.caching import CachingProgress
 from simpletuner.hooks.progress import ProgressHook
 from simpletuner.hooks.validation import make_validation
@@ -57,8 +60,30 @@ def train(config: Config) -> TrainState:
                     "the device has no memory left; the last checkpoint is whole. Set gradient_checkpointing to true, "
                     "or lower train_batch_size (and raise gradient_accumulation_steps), resolution or lora_rank"
                 ) from error
+            if accelerator.is_main_process and config.validation.evaluation_prompts and state.stopped_by is None:
+                _evaluate(plan)
         accelerator.wait_for_everyone()
     return state
+
+
+def train_with_seeds(config: Config, seeds: Sequence[int]) -> list[Path]:
+    """Runs a config once with each seed, without pictures, and returns their output folders; finished runs are kept."""
+    folders: list[Path] = []
+    for seed in seeds:
+        folder = config.run.output_dir / "evaluation" / f"seed-{seed}"
+        run = config.run.model_copy(update={"seed": seed, "output_dir": folder, "resume_from_checkpoint": "latest"})
+        silent = {"validation_disable": True, "evaluation_prompts": 0}
+        validation = config.validation.model_copy(update=silent)
+        train(config.model_copy(update={"run": run, "validation": validation}))
+        folders.append(folder)
+    return folders
+
+
+def _evaluate(plan: Plan) -> None:
+    """Judges the finished run and prints what was found."""
+    output_dir = plan.config.run.output_dir
+    report = evaluate(plan, [output_dir], plan.config.validation.evaluation_prompts, CachingProgress())
+    print(f"\n{report.text()}\n\nside by side: {output_dir / 'evaluation' / 'contact_sheet.png'}", flush=True)
 
 
 def _prepare(config: Config, accelerator: Accelerator) -> tuple[Plan, Loaded | None, Cache | None]:

@@ -293,6 +293,14 @@ class ValidationSection(Section):
     )
     validation_on_startup: bool = setting(False, "free", "Validate before the first step too.")
     validation_disable: bool = setting(False, "free", "Sample nothing.")
+    evaluation_prompts: int = setting(
+        0,
+        "free",
+        "Prompts by which the finished run is judged, as by `simpletuner evaluate`; 0: it is not. "
+        "For models of the quickstart's scenes.",
+        ge=0,
+        le=512,
+    )
 
     @property
     def resolutions(self) -> tuple[tuple[int, int], ...]:

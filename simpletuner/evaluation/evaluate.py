@@ -30,6 +30,8 @@ from simpletuner.quickstart.scenes import Scene, make_prompt
 
 QUICK, FULL = 128, 512
 """Numbers of prompts."""
+_COUNTS = (QUICK, 256, FULL)
+"""Numbers of pictures for which an evaluation of more gives the Frechet distance too."""
 UNDISTILLED = "undistilled.json"
 """How a model draws without distillation: where it is found in the model's folder, it is not measured again."""
 _NUM_REAL, _REAL_SEED = 2048, 1
@@ -131,9 +133,10 @@ class _Evaluation:
             [all(score(picture, scene).values()) for picture, scene in zip(pictures, self.scenes, strict=True)]
             for pictures in by_seed
         ]
-        counts = [count for count in (QUICK, self.num_prompts) if count <= self.num_prompts]
+        counts = {count for count in (*_COUNTS, self.num_prompts) if count <= self.num_prompts}
         frechet = {
-            count: tuple(distance(moments(pictures[:count]), self.real) for pictures in by_seed) for count in counts
+            count: tuple(distance(moments(pictures[:count]), self.real) for pictures in by_seed)
+            for count in sorted(counts)
         }
         return Row(label, num_inference_steps, np.array(right, np.bool_), frechet)
 
