@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from simpletuner.config.errors import printable
 from simpletuner.data.streaming import live_parts
 from simpletuner.data.summary import DatasetSummary
 from simpletuner.families._base import Part
 from simpletuner.plan import Plan
+from simpletuner.quantization import NONE
 
 _WIDTH = 96
 _NUM_BUCKETS = 20
@@ -65,8 +67,10 @@ def _dataset_json(summary: DatasetSummary, world: int) -> dict[str, Any]:
 def plan_rows(plan: Plan) -> dict[str, str]:
     """Returns what a model card says of the training: heading -> text."""
     run, section = plan.config.run, plan.optimizer_section
+    precision = plan.config.model.base_model_precision
+    packed = "" if precision == NONE else f", its weights in {precision} while training"
     rows = {
-        "base model": plan.source.path,
+        "base model": f"{plan.source.path}{packed}",
         "method": plan.method,
         "steps": f"{plan.max_steps} of {plan.effective_batch} samples",
         "learning rate": f"{section.learning_rate:g}, {section.lr_scheduler}",
@@ -89,7 +93,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     run = plan.config.run
     precision = "float32" if plan.compute_dtype is None else run.mixed_precision
     yield f"model       {plan.source.path} ({plan.config.model.model_family})"
-    yield f"method      {plan.method}, {plan.config.model.model_type}, computing in {precision}"
+    base = plan.config.model.base_model_precision
+    packed = "" if base == NONE else f", the base in {base}"
+    yield f"method      {plan.method}, {plan.config.model.model_type}, computing in {precision}{packed}"
     yield from _trained(plan)
     section = plan.optimizer_section
     yield (
@@ -142,7 +148,7 @@ def _dataset_lines(summary: DatasetSummary, world: int) -> Iterator[str]:
     if short := summary.num_short(world):
         yield f"            {_some(short, 'bucket')} smaller than a batch: trained as a short batch, nothing is dropped"
     for reason, ids in summary.problems.items():
-        yield f"            {len(ids)} left out: {reason} (such as {ids[0]})"
+        yield f"            {len(ids)} left out: {reason} (such as {printable(ids[0])})"
 
 
 def _cache_lines(plan: Plan) -> Iterator[str]:
@@ -157,9 +163,12 @@ def _cache_lines(plan: Plan) -> Iterator[str]:
 def _live(plan: Plan) -> dict[Part, dict[str, Any]]:
     """Returns encoder -> for which datasets it stays loaded, and its bytes on each device; None: not known yet."""
     dtypes: dict[Part, torch.dtype] = {"vae": plan.vae_dtype, "text": plan.weight_dtype}
-    numbers = plan.facts.encoder_numbers
+    numbers, packed = plan.facts.encoder_numbers, {"text"} if plan.text_precisions else set[str]()
     return {
-        part: {"datasets": list(ids), "bytes": numbers[part] * dtypes[part].itemsize if part in numbers else None}
+        part: {
+            "datasets": list(ids),
+            "bytes": numbers[part] * dtypes[part].itemsize if part in numbers and part not in packed else None,
+        }
         for part, ids in live_parts(summary.config for summary in plan.datasets).items()
     }
 

@@ -8,9 +8,22 @@ from typing import BinaryIO, Protocol
 from simpletuner import registry
 from simpletuner.config.backends import DatasetConfig
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-)
+UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jxl"})
+"""Photographs for which Pillow has no decoder: they are listed, so that the user hears of them."""
+
+IMAGE_SUFFIXES = UNREAD_SUFFIXES | {
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class Local:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if os.path.isdir(entry):  # not entry.is_dir(): a link to itself raises there
                     (folders if entry.is_symlink() else below).append(path)
                 elif is_image(path):
                     yield from self._file(path, entry)

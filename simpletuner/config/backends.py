@@ -35,8 +35,8 @@ class DatasetConfig(Section):
     target_downsample_size: float | None = setting(
         None, "may_change", "With crop: size that images above maximum_image_size are scaled to first.", gt=0
     )
-    minimum_aspect_ratio: float | None = setting(None, "may_change", "Images narrower than w / h are left out.", gt=0)
-    maximum_aspect_ratio: float | None = setting(None, "may_change", "Images wider than w / h are left out.", gt=0)
+    minimum_aspect_ratio: float | None = setting(0.05, "may_change", "Images narrower than w / h are left out.", gt=0)
+    maximum_aspect_ratio: float | None = setting(20.0, "may_change", "Images wider than w / h are left out.", gt=0)
     crop: bool = setting(False, "may_change", "Crop to crop_aspect; false keeps the aspect ratio of each image.")
     crop_style: Literal["random", "center", "corner"] = setting(
         "center", "may_change", "Where the crop lies. random: seeded by the image's id, the same in every run."

@@ -96,8 +96,8 @@ def _read(manifest: Manifest) -> Iterator[list[list[str] | str]]:
             found = captions(dataset, backend, path)
         except UnicodeDecodeError:
             return NOT_UTF8
-        except OSError:
-            return "caption file cannot be opened"
+        except OSError as error:
+            return "caption file cannot be opened" + (f": {error.strerror}" if error.strerror else "")
         return found or ([""] if dataset.missing_caption == "keep" else MISSING)
 
     paths = iter(manifest.ids)

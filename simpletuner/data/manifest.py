@@ -219,8 +219,8 @@ def _header(backend: Backend, entry: FileEntry) -> _Header:
             return _Header(entry, read_size(file))
     except (BadImage, Unusable) as error:
         return _Header(entry, problem=str(error))
-    except OSError:
-        return _Header(entry, problem=_UNREADABLE)
+    except OSError as error:
+        return _Header(entry, problem=f"{_UNREADABLE}: {error.strerror}" if error.strerror else _UNREADABLE)
 
 
 def _table(headers: list[_Header]) -> pa.Table:
@@ -228,7 +228,9 @@ def _table(headers: list[_Header]) -> pa.Table:
     # A name that is no UTF-8 cannot be opened under what is stored; it is shown with its bytes escaped.
     names = [h.entry.path.encode(errors="surrogateescape").decode(errors="backslashreplace") for h in headers]
     # Without its stamp, a file that could not be opened is tried again by the next scan.
-    stamps = [(-1, -1) if h.problem == _UNREADABLE else (h.entry.size_bytes, h.entry.mtime_ns) for h in headers]
+    stamps = [
+        (-1, -1) if h.problem.startswith(_UNREADABLE) else (h.entry.size_bytes, h.entry.mtime_ns) for h in headers
+    ]
     problems = [
         h.problem or ("its name is not UTF-8: rename it" if name != h.entry.path else "")
         for h, name in zip(headers, names, strict=True)

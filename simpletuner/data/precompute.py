@@ -11,6 +11,7 @@ Shapes: B inner batch, C latent channels, h w latent size, H W pixels.
 
 import gc
 import io
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from torch import Tensor
 from simpletuner.backends._base import Backend, open_backend
 from simpletuner.batch import Cond
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
-from simpletuner.config.errors import UserError
+from simpletuner.config.errors import UserError, printable
 from simpletuner.data.buckets import Bucket, assign
 from simpletuner.data.cache import Index, Reader, Store, digest, remove_stale
 from simpletuner.data.captions import read_captions
@@ -33,6 +34,8 @@ from simpletuner.data.geometry import Size, geometry
 from simpletuner.data.identity import Encoding, KeyedBucket, Ranks, ahead, identify, keyed_buckets, prompt_key, text_key
 from simpletuner.data.manifest import Manifest, Progress, scan
 from simpletuner.data.transforms import BadImage, open_rgb, to_pixels
+
+_LOG = logging.getLogger(__name__)
 
 NUM_DECODERS = max(2, min(16, os.cpu_count() or 1))
 """Threads that decode images."""
@@ -134,7 +137,7 @@ def precompute(
     latents = tuple(store.index() if store else Index() for store in stores)
     for store, manifest, kept, index in zip(stores, manifests, buckets, latents, strict=True):
         if store:
-            _require_latents(manifest, kept, index)
+            _name_left_out(manifest, kept, index, aloud=ranks.rank == 0)
     return Cache(manifests, buckets, latents, text, Reader(text.shards))
 
 
@@ -230,8 +233,7 @@ def _encode_latents(shards: Sequence[_Shard], encoding: Encoding, progress: Prog
     """Encodes and writes shards; images are decoded by other threads meanwhile."""
     if not shards:
         return
-    family = encoding.family
-    encoders = family.load_encoders(encoding.source, encoding.device, encoding.vae_dtype, frozenset({"vae"}))
+    encoders = encoding.load("vae")
     total, done = sum(len(shard.keys) for shard in shards), 0
     window = _DECODED_BATCHES * max(shard.manifest.dataset.vae_batch_size for shard in shards)
     backends: dict[str, Backend] = {}
@@ -330,14 +332,13 @@ def _encode_text(
     """Encodes and writes shards of text features."""
     if not chunks:
         return
-    family = encoding.family
-    encoders = family.load_encoders(encoding.source, encoding.device, encoding.text_dtype, frozenset({"text"}))
+    encoders = encoding.load("text")
     total, done = sum(len(keys) for keys in chunks), 0
     for shard in chunks:
         parts: dict[str, list[Tensor]] = {}
         for keys in _chunks(shard, _TEXT_BATCH_SIZE):
             with torch.no_grad():
-                cond = family.encode_prompt(encoders, [texts[key] for key in keys])
+                cond = encoding.family.encode_prompt(encoders, [texts[key] for key in keys])
             for name, values in cond.items():
                 if values.is_floating_point() and not bool(values.isfinite().all()):
                     raise UserError("the text encoder gives NaN or infinity: set mixed_precision to bf16 or no")
@@ -357,12 +358,17 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _require_latents(manifest: Manifest, buckets: Iterable[KeyedBucket], index: Index) -> None:
-    """Raises UserError when not one image of a dataset could be encoded."""
-    keys = [key for kept in buckets for key in kept.keys]
-    if not any(key in index.rows for key in keys):
-        reasons = sorted({index.bad.get(key, "cannot be read") for key in keys})
+def _name_left_out(manifest: Manifest, buckets: Sequence[KeyedBucket], index: Index, aloud: bool) -> None:
+    """Says which images could not be encoded. Raises UserError when that is all of a dataset."""
+    paths, left_out = manifest.ids, dict[str, list[str]]()
+    for kept in buckets:
+        for key, row in zip(kept.keys, kept.bucket.entries.tolist(), strict=True):
+            if key not in index.rows:
+                left_out.setdefault(index.bad.get(key, "cannot be read"), []).append(paths[row])
+    where, count = f"dataset '{manifest.dataset.id}'", sum(map(len, left_out.values()))
+    if count == sum(len(kept.keys) for kept in buckets):
         raise UserError(
-            f"dataset '{manifest.dataset.id}': instance_data_dir: none of its {len(keys)} images can be used: "
-            f"{', '.join(reasons)}"
+            f"{where}: instance_data_dir: none of its {count} images can be used: {', '.join(sorted(left_out))}"
         )
+    for reason, ids in left_out.items() if aloud else ():
+        _LOG.warning(printable(f"{where}: {len(ids)} left out: {reason} (such as {ids[0]})"))

@@ -82,7 +82,18 @@ def read_size(file: BinaryIO) -> tuple[int, int]:
     except Image.DecompressionBombError as error:
         raise BadImage(_TOO_MANY_PIXELS) from error
     except _DAMAGED as error:
-        raise _bad(error, "not an image that can be read") from error
+        raise _bad(error, _foreign(file)) from error
+
+
+def _foreign(file: BinaryIO) -> str:
+    """Returns what to say of a file that no decoder takes."""
+    file.seek(0)
+    head = file.read(32)
+    if head[4:8] == b"ftyp" and b"hei" in head[8:]:
+        return "HEIC, for which Pillow has no decoder: convert it to JPEG or PNG"
+    if head.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
+        return "JPEG XL, for which Pillow has no decoder: convert it to JPEG or PNG"
+    return "not an image that can be read"
 
 
 def open_rgb(file: BinaryIO) -> Image.Image:

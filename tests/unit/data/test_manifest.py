@@ -92,7 +92,7 @@ def test_bad_files_are_named_and_counted_and_not_opened_again(tmp_path: Path, op
     assert manifest.problems == {
         "more than 178 megapixels (a decompression bomb?)": ("bomb.png",),
         "empty file": ("empty.png",),
-        "cannot be opened": ("gone.png",),
+        "cannot be opened: No such file or directory": ("gone.png",),
         "not an image that can be read": ("text1.jpg", "text2.jpg"),
     }
     opened.clear()

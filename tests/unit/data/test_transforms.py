@@ -175,9 +175,9 @@ def test_an_image_of_another_size_than_its_header_said_is_bad():
 
 
 def test_every_suffix_that_is_listed_can_be_decoded(tmp_path: Path):
-    from simpletuner.backends._base import IMAGE_SUFFIXES
+    from simpletuner.backends._base import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
-    for suffix in IMAGE_SUFFIXES:
+    for suffix in IMAGE_SUFFIXES - UNREAD_SUFFIXES:
         path = tmp_path / f"x{suffix}"
         picture(16, 16).save(path)
         with path.open("rb") as file:
