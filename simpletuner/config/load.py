@@ -5,7 +5,8 @@ Every mistake found on the way is told at once, one line each.
 
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from simpletuner.config import deprecated
@@ -76,6 +77,7 @@ def load(
             "explicit": explicit,
             "notices": tuple(dict.fromkeys(map(printable, findings.notices))),
             "sources": (file, backend_file),
+            "environment": _named_variables((file, backend_file), environ),
         }
     )
 
@@ -102,6 +104,13 @@ def _read_flat(
             known = [*section_of(), *deprecated.ALIASES]
             findings.problems.append(f"{key}: unknown key{suggestion(key, known)} (see documentation/OPTIONS.md)")
     return flat
+
+
+def _named_variables(files: Iterable[Path | None], environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns value -> ``{env:NAME}`` of each environment variable that the files name."""
+    texts = [file.read_text(encoding="utf8", errors="replace") for file in files if file is not None]
+    names = {name for text in texts for name in re.findall(r"\{env:(\w+)\}", text)}
+    return {environ[name].strip(): f"{{env:{name}}}" for name in sorted(names) if environ.get(name, "").strip()}
 
 
 def _override(flat: dict[str, Json], key: str, value: Json, findings: Findings) -> None:

@@ -5,8 +5,10 @@ component receives its own section only. ``documentation/OPTIONS.md`` is generat
 """
 
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
+
+from pydantic import Field
 
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
 from simpletuner.config.fields import Json, Resume, Section, rule_of
@@ -45,6 +47,9 @@ __all__ = [
 ]
 
 
+_SECRET_LENGTH = 4
+
+
 class Config(Section):
     """Everything that was read: the sections, the datasets, and what reading them understood."""
 
@@ -65,6 +70,8 @@ class Config(Section):
     notices: tuple[str, ...] = ()
     sources: tuple[Path | None, Path | None] = (None, None)
     """The config file and the data backend file."""
+    environment: dict[str, str] = Field({}, exclude=True, repr=False)
+    """Value of each environment variable that the files name -> how they name it, ``{env:NAME}``."""
 
     def flat(self) -> dict[str, Json]:
         """Returns every option by its flat key, as JSON values: what ``simpletuner.json`` and checkpoints keep."""
@@ -73,6 +80,29 @@ class Config(Section):
             section: Section = getattr(self, name)
             values.update(section.model_dump(mode="json"))
         return values
+
+    def hide(self, text: str) -> str:
+        """Returns a text with ``{env:NAME}`` in place of what the environment filled in, for others to read.
+
+        Values of less than four characters stay: they are no secrets, and parts of many words.
+        """
+        for value in sorted(self.environment, key=len, reverse=True):
+            text = text.replace(value, self.environment[value]) if len(value) >= _SECRET_LENGTH else text
+        return text
+
+    def published(self) -> dict[str, Json]:
+        """Returns every option as others may read it: no value of the environment, of paths the last name only."""
+        return {key: self._published(value) for key, value in self.flat().items()}
+
+    def _published(self, value: Json) -> Json:
+        if isinstance(value, dict):
+            return {key: self._published(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._published(item) for item in value]
+        if isinstance(value, str):
+            hidden = self.hide(value)
+            return PurePath(hidden).name if PurePath(hidden).is_absolute() else hidden
+        return value
 
     def default_of(self, key: str) -> Json:
         """Returns the default of a flat key as a JSON value, as ``flat`` has it."""

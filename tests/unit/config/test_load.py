@@ -4,7 +4,7 @@ import pytest
 
 from simpletuner.config import UserError, load
 from simpletuner.config.schema import resume_rules, section_of
-from tests.unit.config.conftest import MINIMAL, Run
+from tests.unit.config.conftest import IMAGES, MINIMAL, Run
 
 
 def test_sections_get_their_keys_and_the_rest_is_default(run: Run) -> None:
@@ -236,6 +236,32 @@ def test_environment_variables_in_values(run: Run) -> None:
     assert run.problems({"output_dir": "{env:NOWHERE}/x"}) == [
         "output_dir: the environment variable NOWHERE is not set"
     ]
+
+
+def test_what_the_environment_filled_in_is_not_in_what_is_published(run: Run) -> None:
+    """Neither in a value, nor in a list or an object, nor where it ends a path; and no path of this machine."""
+    secret = "hf_4/2Z"
+    config = run.load(
+        {
+            "tracker_run_name": "run of {env:WHO}",
+            "distillation_config": {"note": "{env:TOKEN} and {env:TOKEN}"},
+            "report_to": ["wandb"],
+            "output_dir": "/home/{env:WHO}/of/{env:TOKEN}",
+            "cache_dir": "/home/someone/cache",
+        },
+        backend=[{**IMAGES, "caption_strategy": "instanceprompt", "instance_prompt": "{env:BACKEND}"}],
+        environ={"WHO": "a person", "TOKEN": secret, "BACKEND": "backend key", "OTHER": "some"},
+    )
+    published = config.published()
+    assert published["tracker_run_name"] == "run of {env:WHO}"
+    assert published["distillation_config"] == {"note": "{env:TOKEN} and {env:TOKEN}"}
+    assert published["output_dir"] == "{env:TOKEN}"
+    assert published["cache_dir"] == "cache"
+    assert published["pretrained_model_name_or_path"] == "some/model"
+    assert published.keys() == config.flat().keys()
+    assert config.hide(f"a person: {secret}, backend key, some") == "{env:WHO}: {env:TOKEN}, {env:BACKEND}, some"
+    assert "environment" not in config.model_dump(mode="json")
+    assert secret not in json.dumps(published)
 
 
 @pytest.mark.parametrize(
