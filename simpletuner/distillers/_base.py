@@ -217,15 +217,23 @@ def configure(config: type[Section], given: Mapping[str, Json], objective: Secti
         else:
             values[name] = value
     try:
-        return config.model_validate(values | dict(given)), notices
+        made = config.model_validate(values | dict(given))
     except ValidationError as error:
         raise UserError(*(_line(config, given, problem) for problem in error.errors())) from error
+    if "huber_c" in made.model_fields_set and made.model_dump().get("loss_type") == "l2":
+        notices.append("huber_c: has no effect: loss_type is l2")
+    return made, notices
 
 
 def _line(config: type[Section], given: Mapping[str, Json], problem: Any) -> str:  # Any: pydantic's ErrorDetails
     """Returns one problem as a line that names the key, the value and what is allowed."""
     key = ".".join(str(part) for part in problem["loc"])
     place = "" if key and key not in given else "distillation_config"  # else the key stands outside of it
+    if problem["type"] == "extra_forbidden" and isinstance(problem["input"], dict):
+        return (
+            f"distillation_config.{key}: these are options of '{key}', which is not the distillation_method; write "
+            "them flat, or under the name of the method"
+        )
     if problem["type"] == "extra_forbidden":
         return f"distillation_config.{key}: unknown option{suggestion(key, config.model_fields)}"
     message = str(problem["msg"]).removeprefix("Value error, ")

@@ -62,12 +62,15 @@ class Layout:
         patterns = (f"{name}/*.{end}" for name in names for end in ("json", "txt"))
         return source.config_place(self.published).fetch(["model_index.json", *patterns])
 
-    def facts(self, source: ModelSource, cond_numbers: Callable[[Json], int], notices: tuple[str, ...] = ()) -> Facts:
+    def facts(
+        self, source: ModelSource, cond_numbers: Callable[[Json, int], int], notices: tuple[str, ...] = ()
+    ) -> Facts:
         """Returns what headers and JSON files tell.
 
         Args:
             source: Where the model is.
-            cond_numbers: UNet's config, {} where it is not here -> how many numbers one prompt's features are.
+            cond_numbers: UNet's config, {} where it is not here, and the number of tokens -> how many numbers one
+                prompt's features are.
             notices: What the family has to say beside what is known of all.
 
         Raises:
@@ -95,7 +98,7 @@ class Layout:
             prediction_type=None if scheduler is None else scheduler.get("prediction_type", "epsilon"),
             shapes=shapes,
             guidance_embed_dim=unet.get("time_cond_proj_dim"),
-            cond_numbers=cond_numbers(unet),
+            cond_numbers=cond_numbers(unet, self._num_tokens(source)),
             encoder_numbers={part: count for part in ("vae", "text") if (count := self._numbers(source, part))},
             encoders_here=self._encoders_here(source),
             notices=notices,
@@ -109,6 +112,12 @@ class Layout:
         shapes = [shape for path in sorted({*chain(*files)}) for shape in read_shapes(path).items()]
         prefixes = self._prefixes(source, part)
         return sum(prod(shape) for name, shape in shapes if name.startswith(prefixes))
+
+    def _num_tokens(self, source: ModelSource) -> int:
+        """Returns how many tokens a prompt is cut or filled to; CLIP's 77 when the tokenizer is not here."""
+        place = source.config_place(self.published)
+        beside = ModelSource(place.path, revision=place.revision)
+        return (beside.read_json(self.tokenizers[0], "tokenizer_config.json") or {}).get("model_max_length", 77)
 
     def schedule(self, source: ModelSource) -> NoiseSchedule:
         """Returns the noise schedule of the model's own scheduler config, downloaded first for a hub id."""

@@ -67,7 +67,9 @@ class SD1X:
         """Returns what headers and JSON files tell about the model."""
         layout = _layout(source)
         width = _SD2_WIDTH if layout is _SD2 else 768
-        return layout.facts(source, lambda unet: 77 * unet.get("cross_attention_dim", width), _unsaid(source))
+        return layout.facts(
+            source, lambda unet, tokens: tokens * unet.get("cross_attention_dim", width), _unsaid(source)
+        )
 
     def for_model(self, source: ModelSource) -> "SD1X":
         """Returns the family as it is: no file of a model configures it."""

@@ -164,10 +164,10 @@ class SDXL:
         return _clip_encoders.latent_shape(width, height)
 
 
-def _cond_numbers(unet: Json) -> int:
-    """Returns 77 tokens of width D, and P pooled numbers; the published model's widths when the config is not there."""
+def _cond_numbers(unet: Json, tokens: int) -> int:
+    """Returns S tokens of width D, and P pooled numbers; the published model's widths when the config is not there."""
     pooled = unet.get("projection_class_embeddings_input_dim", 2816) - 6 * unet.get("addition_time_embed_dim", 256)
-    return 77 * unet.get("cross_attention_dim", 2048) + pooled
+    return tokens * unet.get("cross_attention_dim", 2048) + pooled
 
 
 PLUGIN = SDXL

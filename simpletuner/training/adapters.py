@@ -24,6 +24,9 @@ def attach_lora(module: nn.Module, settings: Mapping[str, Any], seed: int) -> No
         module: A diffusers network.
         settings: Arguments of ``peft.LoraConfig``.
         seed: Of the initial ``lora_A``; the same on every rank.
+
+    Raises:
+        UserError: peft finds no layer of these names, or cannot adapt one.
     """
     from peft import LoraConfig
 
@@ -31,7 +34,10 @@ def attach_lora(module: nn.Module, settings: Mapping[str, Any], seed: int) -> No
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network.add_adapter(LoraConfig(**settings), adapter_name=ADAPTER)
+        try:
+            network.add_adapter(LoraConfig(**settings), adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(f"peft_lora_target_modules: {str(error).splitlines()[0]}") from error
     # bf16 has 8 significant bits: at lr 1e-6 most updates of a bf16 adapter would be rounded away.
     for parameter in trainable_parameters(module).values():
         parameter.data = parameter.data.float()
@@ -42,18 +48,23 @@ def start_from(module: nn.Module, family: ModelFamily, path: Path) -> None:
     """Copies an adapter file into the attached adapter; both then change the network alike.
 
     Raises:
-        UserError: The file's adapter has other layers or another rank than the one that is attached.
+        UserError: The file's adapter has other layers, another rank or another kind than the one that is attached.
     """
     network: Any = module  # Any: diffusers' own base class, which would import diffusers here
     family.load_lora(module, path, _OTHER)
     fits = True
     for layer in adapter_layers(module):
         peft: Any = layer  # Any: peft's layers are known by their attributes
-        if not {_OTHER, ADAPTER} <= set(peft.lora_A) or (
-            peft.lora_A[_OTHER].weight.shape != peft.lora_A[ADAPTER].weight.shape
-        ):
-            fits = False
+        magnitudes = peft.lora_magnitude_vector  # of DoRA alone
+        fits = (
+            {_OTHER, ADAPTER} <= set(peft.lora_A)
+            and peft.lora_A[_OTHER].weight.shape == peft.lora_A[ADAPTER].weight.shape
+            and (_OTHER in magnitudes) == (ADAPTER in magnitudes)
+        )
+        if not fits:
             break
+        if ADAPTER in magnitudes:
+            magnitudes[ADAPTER].weight.copy_(magnitudes[_OTHER].weight)
         peft.lora_A[ADAPTER].weight.copy_(peft.lora_A[_OTHER].weight)
         # The file's own alpha is folded into B, so that this run's may differ.
         peft.lora_B[ADAPTER].weight.copy_(peft.lora_B[_OTHER].weight * (peft.scaling[_OTHER] / peft.scaling[ADAPTER]))
@@ -61,8 +72,8 @@ def start_from(module: nn.Module, family: ModelFamily, path: Path) -> None:
     network.delete_adapters(_OTHER)
     if not fits:
         raise UserError(
-            f"init_lora: the adapter in '{path}' has other layers or another rank than this run's; set lora_rank and "
-            "peft_lora_target_modules to what it was made with"
+            f"init_lora: the adapter in '{path}' has other layers, another rank or another kind than this run's; set "
+            "lora_rank, peft_lora_target_modules and use_dora to what it was made with"
         )
 
 

@@ -156,6 +156,24 @@ def test_objective_options_of_the_user_reach_a_method_that_has_them() -> None:
     assert "loss_type: 'l2' in distillation_config wins over 'huber' outside of it" in notices
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_huber_c_has_no_effect_on_l2(name: str) -> None:
+    idle = "huber_c: has no effect: loss_type is l2"
+    outside = ObjectiveSection(huber_c=0.5)
+    for given in ({}, {"huber_c": 0.5}):
+        assert idle in method(name).configure(given, outside)[1]
+        assert idle not in method(name).configure({"loss_type": "huber", **given}, outside)[1]
+    assert method(name).configure({"loss_type": "l2"}, ObjectiveSection())[1] == []
+
+
+def test_options_under_the_name_of_another_method_are_said_to_be_that() -> None:
+    line = (
+        r"^distillation_config.lcm: these are options of 'lcm', which is not the distillation_method; write them flat"
+    )
+    with pytest.raises(UserError, match=line):
+        method("pcm").configure({"lcm": {"w_max": 8.0}}, ObjectiveSection())
+
+
 def test_every_wrong_option_is_a_line_of_its_own() -> None:
     with pytest.raises(UserError) as caught:
         method("lcm").configure(

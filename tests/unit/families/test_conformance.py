@@ -1,5 +1,6 @@
 """What every family must do; a new file in simpletuner/families is tested the moment it exists."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,19 @@ def test_features_and_latents_have_the_planned_sizes(family_and_source):
     numbers = family.facts(source).encoder_numbers
     assert numbers.keys() == {"vae", "text"}
     assert numbers["vae"] == sum(value.numel() for value in encoders.vae.state_dict().values())
+
+
+def test_a_prompt_of_fewer_tokens_is_planned_for(family_and_source, tmp_path: Path):
+    family, source = family_and_source
+    copy = shutil.copytree(source.path, tmp_path / "copy")
+    for config in copy.rglob("tokenizer_config.json"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 32}))
+    shorter = ModelSource(str(copy))
+    cond = family.encode_prompt(
+        family.load_encoders(shorter, CPU, torch.float32, frozenset({"text"})), ["a red circle"]
+    )
+    assert sum(value.numel() for value in cond.values()) == family.facts(shorter).cond_numbers
+    assert family.facts(shorter).cond_numbers < family.facts(source).cond_numbers
 
 
 def test_prediction_depends_on_every_input(family_and_source):

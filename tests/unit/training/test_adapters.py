@@ -24,12 +24,17 @@ FAMILY = SDXL()
 
 
 def network(
-    model: Path, rank: int = 4, alpha: float = 4, seed: int = 0, dtype: torch.dtype = torch.float32
+    model: Path,
+    rank: int = 4,
+    alpha: float = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    use_dora: bool = False,
 ) -> nn.Module:
     """Returns a tiny UNet with an adapter on a linear, a convolution and a projection."""
     module = FAMILY.load(ModelSource(str(model)), dtype=dtype)
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": ["to_q", "conv1", "proj_in"]}
-    attach_lora(module, settings, seed)
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "use_dora": use_dora}
+    attach_lora(module, {**settings, "target_modules": ["to_q", "conv1", "proj_in"]}, seed)
     return module
 
 
@@ -70,10 +75,19 @@ def test_attaching_leaves_the_global_random_state_alone(tiny_model: Path) -> Non
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_a_run_can_start_from_an_adapter_of_another_alpha(tiny_model: Path, tmp_path: Path) -> None:
-    source = randomised(network(tiny_model, alpha=8))
+@pytest.mark.parametrize(("targets", "said"), [(["absent"], "not found"), (["to_q", "norm1"], "is not supported")])
+def test_layers_that_peft_cannot_adapt_are_one_line(tiny_model: Path, targets: list[str], said: str) -> None:
+    module = FAMILY.load(ModelSource(str(tiny_model)))
+    with pytest.raises(UserError, match=f"^peft_lora_target_modules: .*{said}") as caught:
+        attach_lora(module, {"r": 4, "lora_alpha": 4, "target_modules": targets}, 0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_run_can_start_from_an_adapter_of_another_alpha(tiny_model: Path, tmp_path: Path, use_dora: bool) -> None:
+    source = randomised(network(tiny_model, alpha=8, use_dora=use_dora))
     path = FAMILY.save_lora(tmp_path, adapter_state(source), adapter_metadata(source))
-    started = network(tiny_model, alpha=3)
+    started = network(tiny_model, alpha=3, use_dora=use_dora)
     assert not torch.allclose(output(started), output(source), atol=1e-3)
     start_from(started, FAMILY, path)
     torch.testing.assert_close(output(started), output(source), rtol=1e-4, atol=1e-5)
@@ -85,6 +99,14 @@ def test_an_adapter_of_another_rank_is_refused(tiny_model: Path, tmp_path: Path)
     path = FAMILY.save_lora(tmp_path, adapter_state(source), adapter_metadata(source))
     with pytest.raises(UserError, match="init_lora: .* another rank"):
         start_from(network(tiny_model), FAMILY, path)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path, use_dora: bool) -> None:
+    source = network(tiny_model, use_dora=use_dora)
+    path = FAMILY.save_lora(tmp_path, adapter_state(source), adapter_metadata(source))
+    with pytest.raises(UserError, match="init_lora: .* another kind than this run's; .*use_dora"):
+        start_from(network(tiny_model, use_dora=not use_dora), FAMILY, path)
 
 
 def test_an_adapter_of_more_layers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
