@@ -1,6 +1,6 @@
-"""The command line: ``simpletuner train | plan | cache | evaluate | quickstart | convert-command``.
+"""The command line: ``simpletuner train | plan | cache | dataset | evaluate | quickstart | convert-command``.
 
-train, plan, cache and evaluate take ``--config PATH`` (a config.json or its folder) and overrides such as
+train, plan, cache, dataset and evaluate take ``--config PATH`` (a config.json or its folder) and overrides such as
 ``--max_train_steps 100``.
 A mistake of the user is printed as plain lines and ends with status 2; a run that was stopped by a signal with 128 plus
 its number, as a shell counts it.
@@ -67,6 +67,22 @@ def cache(context: typer.Context, config: _ConfigPath = None) -> None:
     from simpletuner.run import fill_cache
 
     fill_cache(_read(context, config))
+
+
+@app.command(context_settings=_OVERRIDES)
+def dataset(
+    context: typer.Context,
+    config: _ConfigPath = None,
+    images: Annotated[int, typer.Option("--images", min=0, help="Images on the sheet of each bucket.")] = 12,
+    decode_all: Annotated[bool, typer.Option("--decode-all", help="Decode every image, to find all damage.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder for the sheets. Default: the caches.")] = None,
+) -> None:
+    """Show what the trainer sees: counts, buckets, captions, problems, and a picture of each bucket with its crops."""
+    from simpletuner.dataset_view import Look, dataset_lines
+    from simpletuner.hooks.caching import CachingProgress
+
+    for line in dataset_lines(_read(context, config).datasets, Look(images, decode_all, output), CachingProgress()):
+        print(line)
 
 
 @app.command(context_settings=_OVERRIDES)

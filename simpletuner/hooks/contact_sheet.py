@@ -29,12 +29,12 @@ def write_contact_sheet(path: Path, columns: Sequence[tuple[str, Path]], rows: S
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for column, (label, folder) in enumerate(columns):
         left = _GAP_PX + column * (cell + _GAP_PX)
-        pen.text((left, 3), _fitting(label, cell, font), fill="black", font=font)
+        pen.text((left, 3), fitting(label, cell, font), fill="black", font=font)
         for row, (_, name) in enumerate(rows):
             if (folder / name).exists():
                 sheet.paste(_cell(folder / name, cell), (left, _LABEL_PX + row * row_px + _LABEL_PX))
     for row, (label, _) in enumerate(rows):
-        pen.text((_GAP_PX, _LABEL_PX + row * row_px), _fitting(label, width - _GAP_PX, font), fill="#404040", font=font)
+        pen.text((_GAP_PX, _LABEL_PX + row * row_px), fitting(label, width - _GAP_PX, font), fill="#404040", font=font)
     temporary = path.with_suffix(".tmp")
     sheet.save(temporary, format="PNG")
     os.replace(temporary, path)
@@ -72,7 +72,7 @@ def _cell(path: Path, edge: int) -> Image.Image:
     return cell
 
 
-def _fitting(text: str, width_px: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def fitting(text: str, width_px: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Returns the text, cut so that it is no wider than the given pixels."""
     ascii_text = text.encode("ascii", "replace").decode()
     while ascii_text and font.getlength(ascii_text) > width_px:

@@ -296,6 +296,23 @@ def test_two_runs_cannot_share_a_folder(project: Project, simpletuner: Command, 
     assert (project.output / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_the_datasets_are_shown_without_a_model(project: Project, simpletuner: Command, tmp_path: Path):
+    project.write(pretrained_model_name_or_path="nobody/nothing")
+    said = simpletuner("dataset", "--config", project.folder, "--output", tmp_path / "sheets", "--images", 1)
+    assert (said.status, said.errors) == (0, [])
+    assert "dataset     pictures: 6 images in 3 buckets" in said.out
+    assert len(list((tmp_path / "sheets" / "pictures").glob("*.png"))) == 3
+    shutil.rmtree(project.folder)
+    project.datasets[0]["minimum_image_size"] = 4096
+    project.write()
+    said = simpletuner("dataset", "--config", project.folder)
+    assert said.status == 2
+    assert said.errors == [
+        "error: dataset 'pictures': every image is left out: 6 smaller than minimum_image_size 4096 (pixel_area) "
+        "(such as '000.png')"
+    ]
+
+
 def test_a_run_that_ends_well_has_status_0(project: Project, simpletuner: Command):
     project.write(max_train_steps=1)
     said = simpletuner("train", "--config", project.folder)
