@@ -24,6 +24,7 @@ from simpletuner.families._base import Facts, ModelFamily, lora_modules, lora_nu
 from simpletuner.families._source import ModelSource
 from simpletuner.idle import idle_settings
 from simpletuner.optimizers._base import OptimizerPlugin
+from simpletuner.quantization import check_precisions, text_precisions
 from simpletuner.schedules import from_scheduler_config
 
 T = TypeVar("T")
@@ -86,6 +87,8 @@ class Plan:
     weight_dtype: torch.dtype
     """Of the network's weights; an adapter's are float32."""
     vae_dtype: torch.dtype
+    text_precisions: tuple[str, ...]
+    """How each text encoder is quantized; empty where none is."""
     compute_dtype: torch.dtype | None
     """Of autocast around the network; None: no autocast."""
     notices: tuple[str, ...]
@@ -100,7 +103,7 @@ class Plan:
 
         Text in the weights' dtype: the result is loaded as one pipeline, which encodes its prompts in that dtype too.
         """
-        return Encoding(self.family, self.source, device, self.vae_dtype, self.weight_dtype)
+        return Encoding(self.family, self.source, device, self.vae_dtype, self.weight_dtype, self.text_precisions)
 
     @property
     def effective_batch(self) -> int:
@@ -133,6 +136,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     notices = [*config.notices, *chosen.facts.notices]
     weight_dtype, compute_dtype = _dtypes(config, chosen.optimizer, notices, problems)
     problems.attempt(lambda: _check_attention(config.model.attention_mechanism))
+    notices.extend(problems.attempt(lambda: check_precisions(config.model, chosen.facts.num_text_encoders)) or [])
     problems.lines.extend(_misfits(chosen, config.model.model_type))
     method_config = problems.attempt(lambda: _method_config(config, chosen, notices))
     problems.raise_any()
@@ -150,7 +154,8 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
     notices.extend(_warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
     vae_dtype = _VAE_DTYPES[config.model.vae_dtype]
-    encoding = Encoding(family, chosen.source, vae_dtype=vae_dtype, text_dtype=weight_dtype)
+    precisions = text_precisions(config.model, chosen.facts.num_text_encoders)
+    encoding = Encoding(family, chosen.source, vae_dtype=vae_dtype, text_dtype=weight_dtype, text_precisions=precisions)
     return Plan(
         config=config,
         family=family,
@@ -170,6 +175,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
         caches=_caches(config, chosen, encoding, datasets, validation),
         weight_dtype=weight_dtype,
         vae_dtype=vae_dtype,
+        text_precisions=precisions,
         compute_dtype=compute_dtype,
         notices=tuple(dict.fromkeys(notices)),
     )

@@ -95,7 +95,7 @@ _TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
         "offload_param_path accelerator_cache_clear_interval enable_chunked_feed_forward feed_forward_chunk_size "
         "unet_attention_slice"
     ),
-    ("notice", "nothing is quantized, so there is nothing to set"): (
+    ("notice", "layers are quantized one by one on the device that trains; nothing else is, activations included"): (
         "quantize_via quantization_config base_model_default_dtype quantize_activations"
     ),
     ("notice", "there is one interval of checkpoints: checkpoint_step_interval"): (

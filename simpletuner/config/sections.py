@@ -9,10 +9,11 @@ from pydantic import field_validator
 from simpletuner.config.backends import CaptionStrategy, ResolutionType
 from simpletuner.config.fields import Json, Section, setting
 
-Precision = Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "int8-torchao", "nf4-bnb"]
+_Quanto = Literal["int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
+_Torchao = Literal["int8-torchao", "int4-torchao", "fp8-torchao"]
+Precision = Literal["no_change", _Quanto, _Torchao, "nf4-bnb"]
 Tracker = Literal["wandb", "tensorboard", "comet_ml", "mlflow", "swanlab"]
 
-_NOT_QUANTIZED = "quantization is not built yet; the weights keep their precision"
 _NOT_PUBLISHED = "uploading is not built yet; upload the files of output_dir with `hf upload`"
 _NOT_TRACKED = "trackers are not built yet; the numbers are in metrics.jsonl in output_dir"
 _NO_EMA = "averaged weights are not built yet; the trained weights are saved"
@@ -49,20 +50,12 @@ class ModelSection(Section):
         "default", "may_change", "Precision of the VAE. default: the one that is safe for the family."
     )
     base_model_precision: Precision = setting(
-        "no_change", "may_change", "Quantization of the frozen base weights.", inert=_NOT_QUANTIZED
+        "no_change", "may_change", "Quantization of the frozen base weights under an adapter; see QUANTIZATION.md."
     )
-    text_encoder_1_precision: Precision = setting(
-        "no_change", "may_change", "Quantization of the first text encoder.", inert=_NOT_QUANTIZED
-    )
-    text_encoder_2_precision: Precision = setting(
-        "no_change", "may_change", "Quantization of the second text encoder.", inert=_NOT_QUANTIZED
-    )
-    text_encoder_3_precision: Precision = setting(
-        "no_change", "may_change", "Quantization of the third text encoder.", inert=_NOT_QUANTIZED
-    )
-    text_encoder_4_precision: Precision = setting(
-        "no_change", "may_change", "Quantization of the fourth text encoder.", inert=_NOT_QUANTIZED
-    )
+    text_encoder_1_precision: Precision = setting("no_change", "may_change", "Quantization of the first text encoder.")
+    text_encoder_2_precision: Precision = setting("no_change", "may_change", "Quantization of the second text encoder.")
+    text_encoder_3_precision: Precision = setting("no_change", "may_change", "Quantization of the third text encoder.")
+    text_encoder_4_precision: Precision = setting("no_change", "may_change", "Quantization of the fourth text encoder.")
     attention_mechanism: Literal["diffusers", "xformers"] = setting(
         "diffusers", "free", "Attention kernel. diffusers: PyTorch's own fused attention; xformers: of that package."
     )

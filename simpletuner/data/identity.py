@@ -20,8 +20,9 @@ from simpletuner.data.cache import Store, digest, write_atomically
 from simpletuner.data.geometry import Size, cuts
 from simpletuner.data.manifest import Manifest, Progress, integers, manifest_path, strings, write_manifest
 from simpletuner.data.transforms import TRANSFORM_VERSION
-from simpletuner.families._base import ModelFamily
+from simpletuner.families._base import Encoders, ModelFamily, Part
 from simpletuner.families._source import ModelSource
+from simpletuner.quantization import quantize
 
 _FORMAT = "1"  # of what a shard holds
 _NUM_READERS = 16
@@ -39,6 +40,17 @@ class Encoding:
     device: torch.device = torch.device("cpu")
     vae_dtype: torch.dtype = torch.float32
     text_dtype: torch.dtype = torch.float32
+    text_precisions: tuple[str, ...] = ()
+    """How each text encoder is quantized; none given: not at all."""
+
+    def load(self, part: Part) -> Encoders:
+        """Returns the encoders of a part on the device, quantized as they shall be."""
+        dtype = self.vae_dtype if part == "vae" else self.text_dtype
+        encoders = self.family.load_encoders(self.source, self.device, dtype, frozenset({part}))
+        if part == "text" and self.text_precisions:
+            for encoder, precision in zip(encoders.text_encoders or (), self.text_precisions, strict=True):
+                quantize(encoder, precision, self.device)
+        return encoders
 
     def latent_store(self, dataset: DatasetConfig) -> Store:
         """Returns where the latents of a dataset are."""
@@ -48,7 +60,7 @@ class Encoding:
     def text_store(self, text_cache: TextCacheConfig) -> Store:
         """Returns where the text features are."""
         text = self.family.fingerprint(self.source, "text")
-        return Store(text_cache.cache_dir, "text", digest(_FORMAT, text, str(self.text_dtype)))
+        return Store(text_cache.cache_dir, "text", digest(_FORMAT, text, str(self.text_dtype), *self.text_precisions))
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,8 @@ class LiveEncoders:
 
     def __init__(self, encoding: Encoding, parts: Iterable[Part]) -> None:
         """Loads the encoders of the parts."""
-        dtypes: dict[Part, torch.dtype] = {"vae": encoding.vae_dtype, "text": encoding.text_dtype}
         self._encoding = encoding
-        self._loaded = {
-            part: encoding.family.load_encoders(encoding.source, encoding.device, dtypes[part], frozenset({part}))
-            for part in parts
-        }
+        self._loaded = {part: encoding.load(part) for part in parts}
 
     def latents(self, pixels: Tensor, vae_batch_size: int) -> dict[str, Tensor]:
         """Returns mean and, where the encoder has one, std, [B, C, h, w] on the device, of pixels [B, 3, H, W]."""

@@ -37,6 +37,7 @@ class Facts:
     """How many numbers one prompt's features are, for the size of the cache."""
     encoder_numbers: Mapping[Part, int] = field(default_factory=dict[Part, int])
     """How many weights the encoders have, of those that are on this machine."""
+    num_text_encoders: int = 0
     encoders_here: bool = False
     """Whether VAE and text encoders are on this machine: only then can the caches made by them be looked into."""
     notices: tuple[str, ...] = ()
@@ -73,9 +74,17 @@ def lora_num_parameters(modules: Mapping[str, tuple[int, ...]], rank: int) -> in
 
 
 class Encoders(Protocol):
-    """A family's VAE and text encoders; only the family reads more than ``vae``."""
+    """A family's VAE and text encoders; only the family reads more than these."""
 
-    vae: nn.Module | None
+    @property
+    def vae(self) -> nn.Module | None:
+        """The VAE; None where only text was asked for."""
+        ...
+
+    @property
+    def text_encoders(self) -> tuple[Any, ...] | None:  # Any: transformers' modules
+        """The text encoders, in the order of ``text_encoder_N_precision``; None where only the VAE was asked for."""
+        ...
 
 
 class ModelFamily(Protocol):

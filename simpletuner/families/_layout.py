@@ -100,6 +100,7 @@ class Layout:
             guidance_embed_dim=unet.get("time_cond_proj_dim"),
             cond_numbers=cond_numbers(unet, self._num_tokens(source)),
             encoder_numbers={part: count for part in ("vae", "text") if (count := self._numbers(source, part))},
+            num_text_encoders=len(self.text_encoders),
             encoders_here=self._encoders_here(source),
             notices=notices,
         )

@@ -1,7 +1,7 @@
 """Builds everything that a run trains with, in the one order that is right.
 
-Load the roles -> freeze -> adapters (float32) -> average -> gradient checkpointing -> compilation -> optimizer ->
-prepare (the student, nothing else).
+Load the roles -> freeze -> adapters (float32) -> quantize the base -> average -> gradient checkpointing ->
+compilation -> optimizer -> prepare (the student, nothing else).
 """
 
 import copy
@@ -27,6 +27,7 @@ from simpletuner.distillers._base import Distiller, Setup
 from simpletuner.families._base import ModelFamily, Part
 from simpletuner.families._source import ModelSource
 from simpletuner.plan import Plan, untold_guidance
+from simpletuner.quantization import quantize
 from simpletuner.schedules import NoiseSchedule
 from simpletuner.training.adapters import ADAPTER, attach_lora, start_from, trainable_parameters
 from simpletuner.training.ema import Average
@@ -147,13 +148,14 @@ def _networks(plan: Plan, device: torch.device) -> tuple[nn.Module, nn.Module, n
     model_type = plan.config.model.model_type
     roles = plan.distiller.roles(model_type)
     embed_dim = plan.distiller.guidance_embed_dim(model_type)
-    student = plan.family.load(plan.source, plan.weight_dtype, embed_dim).to(device)
-    teacher = target = student
+    student = plan.family.load(plan.source, plan.weight_dtype, embed_dim)
     if plan.lora is not None:
         attach_lora(student, plan.lora.settings, plan.config.run.seed)
         if plan.config.lora.init_lora is not None:
             start_from(student, plan.family, Path(plan.config.lora.init_lora))
-    elif "teacher" in roles:
+        quantize(student, plan.config.model.base_model_precision, device)
+    teacher = target = student.to(device)
+    if plan.lora is None and "teacher" in roles:
         teacher = (
             plan.family.load(plan.source, plan.compute_dtype or plan.weight_dtype).to(device).requires_grad_(False)
         )
