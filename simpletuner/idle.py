@@ -20,6 +20,16 @@ _RULES: tuple[_Rule, ...] = (
         "the result is an adapter, of one kind of weights, to be loaded into its base model",
     ),
     (
+        ("push_checkpoints_to_hub", "hub_model_id", "model_card_private"),
+        lambda config, _: not config.publish.push_to_hub,
+        "push_to_hub is off",
+    ),
+    (
+        ("tracker_project_name", "tracker_run_name"),
+        lambda config, _: not config.publish.report_to,
+        "report_to names no tracker",
+    ),
+    (
         ("noise_offset",),
         lambda config, _: not config.objective.offset_noise,
         "offset_noise is off",

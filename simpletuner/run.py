@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +20,13 @@ from simpletuner.data.summary import summarise
 from simpletuner.evaluation.evaluate import evaluate
 from simpletuner.hooks.caching import CachingProgress
 from simpletuner.hooks.progress import ProgressHook
+from simpletuner.hooks.tracking import Trackers, start_trackers
+from simpletuner.hooks.uploading import CheckpointUpload
 from simpletuner.hooks.validation import make_validation
 from simpletuner.plan import Plan, make_plan
 from simpletuner.plan_view import plan_text
+from simpletuner.publishing.hub import Hub, open_hub
+from simpletuner.publishing.push import push_result
 from simpletuner.publishing.result import disown, result_files, result_step, write_result
 from simpletuner.quiet import quieten_libraries
 from simpletuner.training import metrics, resume, run_lock, snapshot
@@ -50,11 +54,12 @@ def train(config: Config) -> TrainState:
         with Meeting(accelerator).leaving_together():
             if accelerator.is_main_process:
                 leaving.callback(run_lock.hold(config.run.output_dir).release)
-            plan, loaded, cache = _prepare(config, accelerator)
+            prepared = _prepare(config, accelerator, leaving)
+        plan, loaded, hub = prepared.plan, prepared.loaded, prepared.hub
         state = TrainState(plan.max_steps, loaded.step if loaded else 0)
-        if cache is not None:
+        if prepared.cache is not None:
             try:
-                state = _train(plan, loaded, cache, accelerator)
+                state = _train(prepared, prepared.cache, accelerator)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     "the device has no memory left; the last checkpoint is whole. Set gradient_checkpointing to true, "
@@ -62,8 +67,27 @@ def train(config: Config) -> TrainState:
                 ) from error
             if accelerator.is_main_process and config.validation.evaluation_prompts and state.stopped_by is None:
                 _evaluate(plan)
+        if hub is not None and state.stopped_by is None and push_result(plan, hub):
+            _LOG.info("uploaded: %s", hub.url)
         accelerator.wait_for_everyone()
+        if hub is not None and hub.failures:
+            where = f"the weights are in {config.run.output_dir}, and the same command uploads them"
+            raise UserError(*hub.failures, f"push_to_hub: {where}")
     return state
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run has before any network is loaded."""
+
+    plan: Plan
+    loaded: Loaded | None
+    """The checkpoint to go on from."""
+    cache: Cache | None
+    """The filled caches; None when there is nothing left to train."""
+    hub: Hub | None
+    """Where the main process uploads to, checked."""
+    trackers: Trackers
 
 
 def train_with_seeds(config: Config, seeds: Sequence[int]) -> list[Path]:
@@ -72,9 +96,9 @@ def train_with_seeds(config: Config, seeds: Sequence[int]) -> list[Path]:
     for seed in seeds:
         folder = config.run.output_dir / "evaluation" / f"seed-{seed}"
         run = config.run.model_copy(update={"seed": seed, "output_dir": folder, "resume_from_checkpoint": "latest"})
-        silent = {"validation_disable": True, "evaluation_prompts": 0}
-        validation = config.validation.model_copy(update=silent)
-        train(config.model_copy(update={"run": run, "validation": validation}))
+        validation = config.validation.model_copy(update={"validation_disable": True, "evaluation_prompts": 0})
+        publish = config.publish.model_copy(update={"push_to_hub": False, "report_to": ()})
+        train(config.model_copy(update={"run": run, "validation": validation, "publish": publish}))
         folders.append(folder)
     return folders
 
@@ -86,31 +110,37 @@ def _evaluate(plan: Plan) -> None:
     print(f"\n{report.text()}\n\nside by side: {output_dir / 'evaluation' / 'contact_sheet.png'}", flush=True)
 
 
-def _prepare(config: Config, accelerator: Accelerator) -> tuple[Plan, Loaded | None, Cache | None]:
-    """Returns the plan, the checkpoint to go on from, and the filled caches: None when there is nothing left to do."""
+def _prepare(config: Config, accelerator: Accelerator, leaving: ExitStack) -> _Prepared:
+    """Returns all that a run needs; whoever is to hear of it is asked before hours are spent on caches."""
     plan = _plan(config, accelerator)
     loaded, changes = resume.find(plan, _ranks(accelerator), result_files(plan))
+    hub = open_hub(plan) if config.publish.push_to_hub and accelerator.is_main_process else None
     if loaded is not None and loaded.step >= plan.max_steps and result_step(plan) == loaded.step:
         _LOG.info(
             "this run is finished: step %d of %d is in %s\nto go on, raise max_train_steps; to start anew, choose "
             "another output_dir or set resume_from_checkpoint to none",
             *(loaded.step, plan.max_steps, loaded.path),
         )
-        return plan, loaded, None
+        return _Prepared(plan, loaded, None, hub, Trackers([], loaded.step))
     if loaded is not None:
         _LOG.info("\n  - ".join([f"going on from {loaded.path}", *changes]))
-    return plan, loaded, _cache(plan, accelerator)
+    trackers = Trackers([], 0)
+    if accelerator.is_main_process:
+        trackers = start_trackers(config, loaded.step if loaded else 0)
+        leaving.callback(trackers.finish)
+    return _Prepared(plan, loaded, _cache(plan, accelerator), hub, trackers)
 
 
-def _train(plan: Plan, loaded: Loaded | None, cache: Cache, accelerator: Accelerator) -> TrainState:
+def _train(prepared: _Prepared, cache: Cache, accelerator: Accelerator) -> TrainState:
     """Builds the networks, trains them, and writes the result."""
+    plan, loaded = prepared.plan, prepared.loaded
     # The files of a model from the hub are here by now, and only they say how the family treats empty prompts.
     plan = replace(plan, family=plan.family.for_model(plan.source))
     run = build(plan, accelerator, cache, _dataset(plan, cache, accelerator))
     state = TrainState(plan.max_steps) if loaded is None else snapshot.restore(run, loaded, plan.max_steps)
     if accelerator.is_main_process:
         disown(plan, state.step)
-    _trainer(plan, run, cache, state).train()
+    _trainer(replace(prepared, plan=plan), run, cache, state).train()
     if accelerator.is_main_process:
         _finish(plan, run, state)
     return state
@@ -167,8 +197,9 @@ def _caching_progress(accelerator: Accelerator) -> CachingProgress | None:
     return CachingProgress() if accelerator.is_main_process else None
 
 
-def _trainer(plan: Plan, run: Run, cache: Cache, state: TrainState) -> Trainer:
+def _trainer(prepared: _Prepared, run: Run, cache: Cache, state: TrainState) -> Trainer:
     """Returns the trainer with its hooks, its metrics file cut back to the step at which it begins."""
+    plan, trackers = prepared.plan, prepared.trackers
     main, output_dir = run.accelerator.is_main_process, plan.config.run.output_dir
     rows_path = output_dir / metrics.FILE_NAME
     if main:
@@ -176,7 +207,15 @@ def _trainer(plan: Plan, run: Run, cache: Cache, state: TrainState) -> Trainer:
     settings = plan.config.run
     hooks: list[Hook] = [ProgressHook(plan.max_steps, plan.effective_batch)] if main else []
     if plan.validation.prompts:
-        hooks.append(make_validation(plan, run, cache))
+        hooks.append(make_validation(plan, run, cache, trackers.pictures))
+    if prepared.hub is not None and plan.config.publish.push_checkpoints_to_hub:
+        hooks.append(CheckpointUpload(plan, run, prepared.hub))
+
+    def write_rows(rows: Sequence[metrics.Row]) -> None:
+        if main:
+            metrics.append(rows_path, rows)
+            trackers.rows(rows)
+
     return Trainer(
         run,
         LoopSettings(
@@ -191,7 +230,7 @@ def _trainer(plan: Plan, run: Run, cache: Cache, state: TrainState) -> Trainer:
         state,
         hooks,
         save_checkpoint=partial(resume.save, plan, run),
-        write_rows=partial(metrics.append, rows_path) if main else lambda _rows: None,
+        write_rows=write_rows,
     )
 
 

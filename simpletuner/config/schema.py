@@ -90,6 +90,11 @@ class Config(Section):
             text = text.replace(value, self.environment[value]) if len(value) >= _SECRET_LENGTH else text
         return text
 
+    def hide_path(self, path: str) -> str:
+        """Returns what ``hide`` does, and of a path of this machine the last name only."""
+        hidden = PurePath(self.hide(path))
+        return hidden.name if hidden.is_absolute() else self.hide(path)
+
     def published(self) -> dict[str, Json]:
         """Returns every option as others may read it: no value of the environment, of paths the last name only."""
         return {key: self._published(value) for key, value in self.flat().items()}
@@ -99,10 +104,7 @@ class Config(Section):
             return {key: self._published(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._published(item) for item in value]
-        if isinstance(value, str):
-            hidden = self.hide(value)
-            return PurePath(hidden).name if PurePath(hidden).is_absolute() else hidden
-        return value
+        return self.hide_path(value) if isinstance(value, str) else value
 
     def default_of(self, key: str) -> Json:
         """Returns the default of a flat key as a JSON value, as ``flat`` has it."""

@@ -14,8 +14,6 @@ _Torchao = Literal["int8-torchao", "int4-torchao", "fp8-torchao"]
 Precision = Literal["no_change", _Quanto, _Torchao, "nf4-bnb"]
 Tracker = Literal["wandb", "tensorboard", "comet_ml", "mlflow", "swanlab"]
 
-_NOT_PUBLISHED = "uploading is not built yet; upload the files of output_dir with `hf upload`"
-_NOT_TRACKED = "trackers are not built yet; the numbers are in metrics.jsonl in output_dir"
 _NO_EMA = "averaged weights are not built yet; the trained weights are saved"
 
 
@@ -310,10 +308,18 @@ class ValidationSection(Section):
 class PublishSection(Section):
     """What is uploaded and reported."""
 
-    push_to_hub: bool = setting(False, "free", "Upload the result to the hub.", inert=_NOT_PUBLISHED)
-    push_checkpoints_to_hub: bool = setting(False, "free", "Upload every checkpoint too.", inert=_NOT_PUBLISHED)
-    hub_model_id: str | None = setting(None, "free", "Repository on the hub: name, or owner/name.")
-    model_card_private: bool = setting(False, "free", "Make the repository private.", inert=_NOT_PUBLISHED)
+    push_to_hub: bool = setting(
+        False, "free", "Upload the result to the hub; login and access are checked before training. See PUBLISHING.md."
+    )
+    push_checkpoints_to_hub: bool = setting(
+        False, "free", "With push_to_hub: upload the weights of every checkpoint too, while training goes on."
+    )
+    hub_model_id: str | None = setting(
+        None, "free", "Repository on the hub: owner/name, or the name of one of yours. Default: output_dir's name."
+    )
+    model_card_private: bool = setting(
+        True, "free", "Make the repository private; one that is public already is then refused."
+    )
     export_weights: Literal["online", "ema"] = setting(
         "online",
         "free",
@@ -326,10 +332,10 @@ class PublishSection(Section):
     )
     model_card_note: str | None = setting(None, "free", "Text of your own for the model card.")
     report_to: tuple[Tracker, ...] = setting(
-        (), "free", "Trackers: one, a list or a comma-separated string; none.", inert=_NOT_TRACKED
+        (), "free", "Trackers: one, a list or a comma-separated string; none. See PUBLISHING.md."
     )
-    tracker_project_name: str = setting("simpletuner", "free", "Project in the tracker.", inert=_NOT_TRACKED)
-    tracker_run_name: str | None = setting(None, "free", "Run in the tracker.", inert=_NOT_TRACKED)
+    tracker_project_name: str = setting("simpletuner", "free", "Project in the tracker.")
+    tracker_run_name: str | None = setting(None, "free", "Run in the tracker. Default: the tracker's own choice.")
 
 
 class DistillationSection(Section):

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +56,23 @@ class Column:
     settings: SamplingSettings
     use_adapter: bool
 
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps; 0 for the base model."""
+        return int(self.folder.split("-")[1]) if self.folder.startswith("step-") else 0
 
-def make_validation(plan: Plan, run: Run, cache: Cache) -> "Validation":
-    """Returns the hook that draws what the plan says."""
+    @property
+    def role(self) -> str:
+        """What is the same at every step: ``trained``, the name of an average, or of the base model."""
+        return re.sub(r"^step-\d+-?", "", self.folder) or "trained"
+
+
+ShowPictures = Callable[[int, Mapping[str, Path]], None]
+"""Is told the step, and the pictures that were drawn of it, by a name that is the same at every step."""
+
+
+def make_validation(plan: Plan, run: Run, cache: Cache, show: ShowPictures) -> "Validation":
+    """Returns the hook that draws what the plan says, and shows it on the main process."""
     validation = plan.validation
     requests = [
         Request(prompt, size_px, seed)
@@ -66,10 +80,12 @@ def make_validation(plan: Plan, run: Run, cache: Cache) -> "Validation":
         for size_px in validation.sizes_px
         for seed in validation.seeds
     ]
+    # A file is named by its prompt, which others may not read where the environment filled it in.
+    public = [plan.config.hide(request.prompt) == request.prompt for request in requests]
     return Validation(
         run,
         cache,
-        requests,
+        {r: r.file_name.removesuffix(".png") if public[i] else f"picture-{i}" for i, r in enumerate(requests)},
         validation.negative_prompt,
         student=student_settings(plan, run),
         base=base_settings(plan),
@@ -77,6 +93,7 @@ def make_validation(plan: Plan, run: Run, cache: Cache) -> "Validation":
         step_interval=validation.step_interval,
         draws_base=not plan.config.run.disable_benchmark,
         draws_at_start=plan.config.validation.validation_on_startup,
+        show=show,
     )
 
 
@@ -87,7 +104,7 @@ class Validation:
         self,
         run: Run,
         cache: Cache,
-        requests: Sequence[Request],
+        requests: Mapping[Request, str],
         negative_prompt: str,
         student: SamplingSettings,
         base: SamplingSettings,
@@ -95,15 +112,18 @@ class Validation:
         step_interval: int,
         draws_base: bool,
         draws_at_start: bool,
+        show: ShowPictures,
     ) -> None:
         self._run = run
         self._cache = cache
-        self._requests = requests
+        self._requests = list(requests)
+        self._names = requests
         self._negative_prompt = negative_prompt
         self._student = student
         self._step_interval = step_interval
         self._folder = folder
         self._draws_at_start = draws_at_start
+        self._show = show
         few = f"base, {student.num_inference_steps} steps"
         self._base_columns = [
             Column("base", f"base, {base.num_inference_steps} steps", run.teacher, base, use_adapter=False),
@@ -150,9 +170,14 @@ class Validation:
 
     def _draw(self, columns: Sequence[Column]) -> None:
         """Draws what is missing of the columns, then the sheet."""
-        drawn = [self._draw_column(column) for column in columns]
-        if any(drawn) and self._run.accelerator.is_main_process:
+        drawn = [column for column in columns if self._draw_column(column)]
+        if drawn and self._run.accelerator.is_main_process:
             self._write_sheet()
+            for column in drawn:
+                paths = {
+                    name: self._folder / column.folder / request.file_name for request, name in self._names.items()
+                }
+                self._show(column.step, {f"{column.role}/{name}": path for name, path in paths.items()})
 
     def _draw_column(self, column: Column) -> bool:
         """Draws this rank's share of a column's missing pictures; returns whether there were any."""

@@ -1,7 +1,8 @@
 """The README beside the weights: what was trained, and the exact code that draws with it."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,21 +38,36 @@ class CardFacts:
     """What was trained: heading -> text."""
     tags: tuple[str, ...]
     note: str | None
+    licence: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The base model's, by the hub's own keys: license, and license_name and license_link where it has them."""
+    sheet: str | None = None
+    """The contact sheet, as a path beside the card."""
+    samples: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Pictures that the model drew, as paths beside the card -> their prompts."""
 
 
 def card_text(facts: CardFacts) -> str:
     """Returns the card as Markdown with the hub's metadata in front."""
     # A path of this machine means nothing to the hub, which refuses a card whose base_model is no repository.
-    base = facts.base_model if _looks_like_hub_id(facts.base_model) else None
-    data = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=list(facts.tags))
+    base = facts.base_model if looks_like_hub_id(facts.base_model) else None
+    widget = [{"text": prompt, "output": {"url": path}} for path, prompt in facts.samples.items()]
+    metadata: dict[str, Any] = {**facts.licence, **({"widget": widget} if widget else {})}
+    data = ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=list(facts.tags),
+        **metadata,
+    )
     table = "\n".join(f"| {heading} | {text} |" for heading, text in facts.rows.items())
     note = f"\n{facts.note}\n" if facts.note else ""
+    sheet = f"\n![What was drawn while it was trained]({facts.sheet})\n" if facts.sheet else ""
     return f"""---
 {data.to_yaml()}
 ---
 
 # {facts.title}
-{note}
+{note}{sheet}
 ## Draw with it
 
 ```python
@@ -103,5 +119,6 @@ def inference_code(facts: CardFacts) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".safetensors")
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a model's name can be a repository of the hub, and is no path of this machine."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not name.endswith(".safetensors")

@@ -1,11 +1,12 @@
 """What a finished run leaves in output_dir: weights, scheduler, card, and the configuration that made them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from simpletuner.atomic import files_into
 from simpletuner.families._base import Part
@@ -53,34 +54,46 @@ def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:
     """Writes the result, ``simpletuner.json`` last; yields a line for a person on each part."""
     folder = plan.config.run.output_dir
     settings = student_settings(plan, run)
-    if run.has_adapter:
-        path = write_lora(
-            folder, run.family, adapter_state(run.module), adapter_metadata(run.module), settings.scheduler
-        )
-        yield f"adapter: {path}"
-    else:
-        yield from _write_networks(plan, run, settings)
+    yield write_weights(plan, run, settings, folder)
+    if not run.has_adapter:
+        yield from _write_further(plan, run, settings)
     document = {
         "step": state.step,
         "sampling": _sampling(plan, settings),
+        "loading": {
+            "network": None if run.has_adapter else type(run.module).__name__,
+            "scheduler": type(settings.scheduler).__name__,
+            "dtype": "float32" if _exported(plan, run) == "ema" else str(plan.weight_dtype).removeprefix("torch."),
+        },
         "config": plan.config.model_dump(mode="json"),
         **provenance(),
     }
     with files_into(folder) as made:
-        (made / CARD).write_text(card_text(_card_facts(plan, run, settings)), encoding="utf8")
+        (made / CARD).write_text(card_text(card_facts(plan, document, str(folder))), encoding="utf8")
         (made / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
     yield f"how to draw with it: {folder / CARD}"
 
 
-def _write_networks(plan: Plan, run: Run, settings: SamplingSettings) -> Iterator[str]:
-    """Writes a full model: the weights that are the result, the others, and the whole pipeline if that is asked for."""
+def write_weights(plan: Plan, run: Run, settings: SamplingSettings, folder: Path) -> str:
+    """Writes the adapter or the network, and its scheduler; returns a line for a person."""
+    if run.has_adapter:
+        state, metadata = adapter_state(run.module), adapter_metadata(run.module)
+        return f"adapter: {write_lora(folder, run.family, state, metadata, settings.scheduler)}"
+    write_model(folder, _networks(run)[_exported(plan, run)], settings.scheduler)
+    return f"model: {folder}"
+
+
+def _networks(run: Run) -> dict[str, nn.Module]:
+    """Returns the trained network of a full model, and its average where the method keeps one."""
+    averages = {"ema": run.averages["target"].network} if run.averages else {}
+    return {"online": run.module, **averages}
+
+
+def _write_further(plan: Plan, run: Run, settings: SamplingSettings) -> Iterator[str]:
+    """Writes the weights of a full model that are not the result, and the whole pipeline if that is asked for."""
     folder = plan.config.run.output_dir
-    networks = {"online": run.module}
-    if run.averages:
-        networks["ema"] = run.averages["target"].network
+    networks = _networks(run)
     result = networks.pop(_exported(plan, run))
-    write_model(folder, result, settings.scheduler)
-    yield f"model: {folder}"
     for name, network in networks.items():
         write_network(folder / name, network)
         yield f"its {'average' if name == 'ema' else 'online weights'}: {folder / name}"
@@ -97,27 +110,33 @@ def _exported(plan: Plan, run: Run) -> str:
     return plan.config.publish.export_weights if run.averages else "online"
 
 
-def _card_facts(plan: Plan, run: Run, settings: SamplingSettings) -> CardFacts:
-    config = plan.config
+def card_facts(plan: Plan, document: Mapping[str, Any], here: str) -> CardFacts:
+    """Returns what the card says.
+
+    Args:
+        plan: Of the run.
+        document: The content of ``simpletuner.json``.
+        here: Where a reader finds the files: the repository on the hub, or output_dir.
+    """
     prompt = plan.validation.prompts[0] if plan.validation.prompts else "a photograph of a cat"
     method = "fine-tuned" if plan.method == "sft" else f"distilled by {plan.method}"
-    name = plan.source.path.rstrip("/").rpartition("/")[2]
+    loading = document["loading"]
     return CardFacts(
-        title=f"{name}, {method}",
+        title=f"{plan.source.path.rstrip('/').rpartition('/')[2]}, {method}",
         base_model=plan.source.path,
         base_config=plan.source.single_file_config,
-        here=str(config.run.output_dir),
-        pipeline=run.family.pipeline_class,
-        network=None if run.has_adapter else type(run.module).__name__,
-        scheduler=type(settings.scheduler).__name__,
-        sampling=_sampling(plan, settings),
-        dtype=torch.float32 if _exported(plan, run) == "ema" else plan.weight_dtype,
+        here=here,
+        pipeline=plan.family.pipeline_class,
+        network=loading["network"],
+        scheduler=loading["scheduler"],
+        sampling=document["sampling"],
+        dtype=getattr(torch, loading["dtype"]),
         prompt=prompt,
         size_px=plan.validation.sizes_px[0],
         seed=plan.validation.seeds[0],
         rows=plan_rows(plan),
-        tags=("text-to-image", "diffusers", *(("lora",) if run.has_adapter else ()), plan.method),
-        note=config.publish.model_card_note,
+        tags=("text-to-image", "diffusers", *(() if plan.lora is None else ("lora",)), plan.method),
+        note=plan.config.publish.model_card_note,
     )
 
 

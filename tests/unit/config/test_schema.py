@@ -40,7 +40,7 @@ def test_resume_rules_of_keys_that_decide_what_a_checkpoint_is() -> None:
 
 
 def test_inert_options_have_a_reason() -> None:
-    assert "push_to_hub" in inert_options()
+    assert "lora_format" in inert_options()
     assert "learning_rate" not in inert_options()
     assert all(inert_options().values())
 
