@@ -1,12 +1,18 @@
 """What a data backend is: it lists and opens the files of one dataset, and never writes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
 from simpletuner import registry
 from simpletuner.config.backends import DatasetConfig
+from simpletuner.config.errors import suggestion
+from simpletuner.config.fields import Section
+from simpletuner.config.findings import Findings
+from simpletuner.config.values import build
+
+S = TypeVar("S", bound=Section)
 
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jxl"})
 """Photographs for which Pillow has no decoder: they are listed, so that the user hears of them."""
@@ -67,8 +73,8 @@ class Backend(Protocol):
         """Returns the file opened for reading. Raises OSError, Unusable."""
         ...
 
-    def read_text(self, path: str) -> str | None:
-        """Returns the content of a UTF-8 file, None when there is none. Raises OSError, UnicodeDecodeError."""
+    def caption(self, path: str) -> str | None:
+        """Returns the text that belongs to an image, None when there is none. Raises OSError, UnicodeDecodeError."""
         ...
 
 
@@ -76,6 +82,26 @@ def is_image(path: str) -> bool:
     """Returns whether a file's name ends like an image's; hidden files (``._photo.jpg``) are none."""
     name = PurePosixPath(path)
     return name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith(".")
+
+
+def own_options(dataset: DatasetConfig, section: type[S], besides: Iterable[str] = ()) -> S:
+    """Returns the checked keys that the dataset's backend alone knows.
+
+    Args:
+        dataset: Has them as they were written.
+        section: Declares them.
+        besides: Keys that are read elsewhere.
+
+    Raises:
+        UserError: One line for each that is unknown or wrong.
+    """
+    own, where = section.model_fields, f"dataset '{dataset.id}': "
+    known = (*besides, *own)
+    unknown = [f"{where}{key}: unknown key{suggestion(key, known)}" for key in dataset.options if key not in known]
+    findings = Findings(unknown)
+    options = build(section, {key: value for key, value in dataset.options.items() if key in own}, where, findings)
+    findings.raise_problems()
+    return options
 
 
 def open_backend(dataset: DatasetConfig) -> Backend:

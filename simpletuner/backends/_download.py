@@ -1,4 +1,4 @@
-"""Brings shards from elsewhere into the cache: whole or not at all, within a limit, with time-outs and new attempts."""
+"""Brings files from elsewhere into the cache: whole or not at all, within a limit, with time-outs and new attempts."""
 
 import errno
 import fcntl
@@ -9,17 +9,18 @@ import os
 import select
 import signal
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from simpletuner.backends._shards import Shard
 from simpletuner.config.errors import UserError, printable
+from simpletuner.config.fields import Section, setting
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 20
@@ -33,23 +34,44 @@ class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-@dataclass(frozen=True)
-class Downloads:
-    """The folder of downloaded shards."""
+class DownloadOptions(Section):
+    """The keys of a dataset whose files may be elsewhere."""
 
-    folder: Path
-    limit_bytes: int
-    """Of all shards in the folder together."""
-    timeout_seconds: float
-    """How long to wait for the next bytes."""
-    num_attempts: int
+    max_download_gigabytes: float = setting(200.0, "free", "Room for downloads.", gt=0)
+    download_timeout_seconds: float = setting(60.0, "free", "How long to wait for the next bytes.", gt=0)
+    download_attempts: int = setting(3, "free", "How often to try a file.", ge=1)
+
+
+class TooLarge(OSError):
+    """A file above the limit of a single one."""
+
+
+class Downloads:
+    """A folder of downloaded files of one kind."""
+
+    def __init__(
+        self, folder: Path, options: DownloadOptions, what: str = "shard", suffix: str = ".tar", largest_bytes: int = 0
+    ) -> None:
+        """Names the folder; nothing is made before the first download.
+
+        Args:
+            folder: For these files alone.
+            options: Limits of the folder and of patience.
+            what: A file is; each shard is announced, other files are too many.
+            suffix: Of the files.
+            largest_bytes: Of a single file; 0: no limit.
+        """
+        self.folder, self._options, self._what, self._suffix = folder, options, what, suffix
+        self._largest_bytes = largest_bytes
+        self._lock = threading.Lock()
+        self._taken_bytes: int | None = None
 
     def path(self, shard: Shard) -> Path:
-        """Returns where a shard is once it is downloaded; it stays there until someone deletes it."""
-        return self.folder / f"{hashlib.blake2b(shard.id.encode(), digest_size=12).hexdigest()}.tar"
+        """Returns where a file is once it is downloaded; it stays there until someone deletes it."""
+        return self.folder / f"{hashlib.blake2b(shard.id.encode(), digest_size=12).hexdigest()}{self._suffix}"
 
     def fetch(self, shard: Shard) -> Path:
-        """Returns the path of a shard, downloaded if it was not here.
+        """Returns the path of a file, downloaded if it was not here.
 
         Raises:
             OSError: It cannot be had.
@@ -62,7 +84,7 @@ class Downloads:
             self.folder.mkdir(parents=True, exist_ok=True)
             part = target.with_suffix(".part").open("ab")
         with part:
-            fcntl.flock(part, fcntl.LOCK_EX)  # two processes that want the same shard: the second finds it there
+            fcntl.flock(part, fcntl.LOCK_EX)  # two processes that want the same file: the second finds it there
             if target.exists():
                 return target
             try:
@@ -77,36 +99,57 @@ class Downloads:
 
     def _attempts(self, shard: Shard, part: BinaryIO) -> None:
         """Fills the file. Raises OSError when the last attempt has failed."""
-        for attempt in range(1, self.num_attempts + 1):
-            _LOG.info("downloading the shard %s", printable(shard.id))
+        aloud, last = self._what == "shard", self._options.download_attempts
+        for attempt in range(1, last + 1):
+            _LOG.log(logging.INFO if aloud else logging.DEBUG, "downloading %s", printable(shard.id))
             part.truncate(0)
             try:
                 self._copy(shard, part)
             except OSError as error:
                 code = error.code if isinstance(error, urllib.error.HTTPError) else 503
-                if attempt == self.num_attempts or code not in _WORTH_ANOTHER_ATTEMPT:
-                    _LOG.warning("the shard %s cannot be downloaded: %s", printable(shard.id), printable(str(error)))
+                if attempt == last or code not in _WORTH_ANOTHER_ATTEMPT or isinstance(error, TooLarge):
+                    said = f"the {self._what} {shard.id} cannot be downloaded: {error}"
+                    _LOG.log(logging.WARNING if aloud else logging.DEBUG, printable(said))
                     raise OSError(str(error)) from error
                 time.sleep(min(30.0, 2.0 ** (attempt - 2)))
             else:
                 return
 
     def _copy(self, shard: Shard, part: BinaryIO) -> None:
-        room = self.limit_bytes - sum(path.stat().st_size for path in self.folder.glob("*.tar"))
         opened = _command if shard.source.startswith("pipe:") else _url
-        written = 0
-        with opened(shard.source, self.timeout_seconds) as (stream, expected):
-            while chunk := _read(stream):
-                written += len(chunk)
-                if max(written, expected or 0) > room:
-                    raise UserError(
-                        f"shards: '{shard.id}' does not fit into the {self.limit_bytes / 1e9:g} GB of "
-                        f"max_download_gigabytes with what is in '{self.folder}': raise it, or name fewer shards"
-                    )
-                with users_errors(self.folder):
-                    part.write(chunk)
-            if expected is not None and written != expected:
-                raise OSError(f"{written} of {expected} bytes came")
+        written = reserved = 0
+        try:
+            with opened(shard.source, self._options.download_timeout_seconds) as (stream, expected):
+                reserved = self._reserve(expected or 0, 0, shard)
+                while chunk := _read(stream):
+                    written += len(chunk)
+                    reserved = self._reserve(written, reserved, shard)
+                    with users_errors(self.folder):
+                        part.write(chunk)
+                if expected is not None and written != expected:
+                    raise OSError(f"{written} of {expected} bytes came")
+        except BaseException:
+            with self._lock:
+                self._taken_bytes = (self._taken_bytes or 0) - reserved
+            raise
+
+    def _reserve(self, size: int, reserved: int, shard: Shard) -> int:
+        """Returns how much of the folder a file of that size, or more, has to itself. Raises TooLarge, UserError."""
+        if size <= reserved:
+            return reserved
+        if 0 < self._largest_bytes < size:
+            raise TooLarge(f"larger than {self._largest_bytes / 1e6:g} MB")
+        limit = self._options.max_download_gigabytes
+        with self._lock:
+            if self._taken_bytes is None:
+                self._taken_bytes = sum(path.stat().st_size for path in self.folder.glob(f"*{self._suffix}"))
+            if self._taken_bytes + size - reserved > limit * 1e9:
+                raise UserError(
+                    f"{self._what}s: '{shard.id}' does not fit into the {limit:g} GB of max_download_gigabytes "
+                    f"with what is in '{self.folder}': raise it, or name fewer {self._what}s"
+                )
+            self._taken_bytes += size - reserved
+        return size
 
 
 @contextmanager
@@ -116,7 +159,7 @@ def users_errors(folder: Path) -> Generator[None]:
         yield
     except OSError as error:
         if error.errno in _USERS_ERRORS:
-            raise UserError(f"cannot write downloaded shards into '{folder}': {error.strerror}") from error
+            raise UserError(f"cannot write downloads into '{folder}': {error.strerror}") from error
         raise
 
 

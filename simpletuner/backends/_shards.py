@@ -10,7 +10,8 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -27,10 +28,10 @@ _RANGE = re.compile(r"(-?\d{1,12})\.\.(-?\d{1,12})")
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file."""
+    """One file, here or elsewhere: a tar file, or an image of a list."""
 
     id: str
-    """Begins the ids of its images: the path below the dataset's folder, or host and path of a url."""
+    """Begins the ids of its images, or is one: the path below the dataset's folder, or host and path of a url."""
     source: str
     """Absolute path, http(s) url, or ``pipe:`` and a command."""
 
@@ -62,10 +63,16 @@ def find_shards(patterns: Sequence[str], folder: Path, environ: Mapping[str, str
             raise UserError(f"shards: '{pattern}': only local paths, http:// and https:// can be read")
         for name in expand_braces(pattern):
             sources |= dict.fromkeys([name] if _is_remote(name) else _files(name, folder))
+    return named(sources, folder)
+
+
+def named(sources: Iterable[str], folder: Path) -> list[Shard]:
+    """Returns files with ids: paths below the folder, hosts and paths of urls, and what sets equal ones apart."""
+    sources = list(sources)
     names = [_name(source, folder) for source in sources]
-    several = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set[str]()
+    count = Counter(names)
     return [
-        Shard(f"{name}-{_digest(source)}" if name in several else name, source)
+        Shard(f"{name}-{_digest(source)}" if count[name] > 1 else name, source)
         for name, source in zip(names, sources, strict=True)
     ]
 

@@ -64,10 +64,10 @@ class Local:
         """Returns the file opened for reading."""
         return (self._root / path).open("rb")
 
-    def read_text(self, path: str) -> str | None:
-        """Returns the content of a UTF-8 file (a byte order mark is dropped), or None when there is none."""
+    def caption(self, path: str) -> str | None:
+        """Returns the text file of the same name in UTF-8 (a byte order mark is dropped), None when there is none."""
         try:
-            return (self._root / path).read_text(encoding="utf-8-sig")
+            return (self._root / path).with_suffix(".txt").read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             return None
 

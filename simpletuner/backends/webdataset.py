@@ -10,29 +10,24 @@ from typing import BinaryIO
 
 from simpletuner.atomic import files_into
 from simpletuner.backends import _tar_index as tar
-from simpletuner.backends._base import FileEntry, NotFetched, Unusable
-from simpletuner.backends._download import Downloads, users_errors
+from simpletuner.backends._base import FileEntry, NotFetched, Unusable, own_options
+from simpletuner.backends._download import DownloadOptions, Downloads, users_errors
 from simpletuner.backends._shards import Shard, find_shards
 from simpletuner.backends._tar_index import Sample, TarIndex, make_index, read_index
 from simpletuner.config.backends import DatasetConfig
-from simpletuner.config.errors import UserError, suggestion
-from simpletuner.config.fields import Json, Section, setting
-from simpletuner.config.findings import Findings
-from simpletuner.config.values import build
+from simpletuner.config.errors import UserError
+from simpletuner.config.fields import Json, setting
 
 NO_SIZES = "minimum_original_size is set, and its json has no original_width and original_height"
 NO_WATERMARK = "maximum_watermark is set, and its json has no pwatermark"
 
 
-class Options(Section):
+class Options(DownloadOptions):
     """The keys of a dataset of this type, beside those that all datasets have."""
 
     caption_key: str | None = setting(None, "may_change", "Key of the json whose text is the caption.")
     minimum_original_size: int | None = setting(None, "may_change", "Least original edge in pixels.", ge=1)
     maximum_watermark: float | None = setting(None, "may_change", "Largest pwatermark of the json.", ge=0, le=1)
-    max_download_gigabytes: float = setting(200.0, "free", "Room for downloaded shards.", gt=0)
-    download_timeout_seconds: float = setting(60.0, "free", "How long to wait for the next bytes.", gt=0)
-    download_attempts: int = setting(3, "free", "How often to try a shard.", ge=1)
 
 
 class WebDataset:
@@ -40,10 +35,9 @@ class WebDataset:
 
     def __init__(self, dataset: DatasetConfig, environ: Mapping[str, str] = os.environ) -> None:
         """Raises UserError when a key is wrong or a shard of this machine does not exist; opens none."""
-        own = dict(dataset.options)
+        self._options = own_options(dataset, Options, ["shards"])
         try:
-            patterns = _patterns(own.pop("shards", "*.tar"))
-            self._options = _options(own)
+            patterns = _patterns(dataset.options.get("shards", "*.tar"))
             shards = find_shards(patterns, dataset.instance_data_dir.absolute(), environ)
         except UserError as error:
             raise UserError(*(f"dataset '{dataset.id}': {line}" for line in error.lines)) from error
@@ -51,12 +45,7 @@ class WebDataset:
         self._indices: dict[str, TarIndex] = {}
         self._locks = {shard.id: threading.Lock() for shard in shards}
         self._folder = dataset.cache_dir_vae / "shards"
-        self._downloads = Downloads(
-            self._folder,
-            int(self._options.max_download_gigabytes * 1e9),
-            self._options.download_timeout_seconds,
-            self._options.download_attempts,
-        )
+        self._downloads = Downloads(self._folder, self._options)
 
     def list_images(self, fetch: bool = True) -> Iterator[FileEntry]:
         """Yields an entry for each image and for each thing that is wrong, shard by shard."""
@@ -92,11 +81,8 @@ class WebDataset:
             raise Unusable(reason)
         return io.BufferedReader(_Part(self._path(shard), *sample.image))
 
-    def read_text(self, path: str) -> str | None:
-        """Returns the caption of the sample that the path, with any suffix, belongs to.
-
-        It is in a text file, else in the json; with ``caption_key`` the json goes first.
-        """
+    def caption(self, path: str) -> str | None:
+        """Returns the text file of an image's sample, else what its json says; with ``caption_key`` that goes first."""
         shard, name = self._split(path)
         sample = self._index(shard).find(str(PurePosixPath(name).with_suffix("")))
         if sample is None:
@@ -223,15 +209,6 @@ def _patterns(written: Json) -> list[str]:
     if not isinstance(patterns, list) or not patterns or not all(isinstance(text, str) and text for text in patterns):
         raise UserError(f"shards: {json.dumps(written)} is not text or a list of texts: 'shards/{{000..099}}.tar'")
     return [text for text in patterns if isinstance(text, str)]
-
-
-def _options(own: dict[str, Json]) -> Options:
-    """Returns the checked keys. Raises UserError."""
-    known = ("shards", *Options.model_fields)
-    findings = Findings([f"{key}: unknown key{suggestion(key, known)}" for key in own if key not in known])
-    options = build(Options, {key: value for key, value in own.items() if key in known}, "", findings)
-    findings.raise_problems()
-    return options
 
 
 PLUGIN = WebDataset

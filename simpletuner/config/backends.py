@@ -1,7 +1,10 @@
 """One dataset of the data backend file, resolved: what it does not say is inherited from the main config."""
 
+import re
 from pathlib import Path
 from typing import Literal
+
+from pydantic import field_serializer
 
 from simpletuner.config.fields import Json, Section, setting
 
@@ -79,6 +82,11 @@ class DatasetConfig(Section):
     )
     metadata_backend: Literal["discovery"] = setting("discovery", "free", "Where image sizes come from.")
     options: dict[str, Json] = setting({}, "free", "Keys of a backend other than local, checked by that backend.")
+
+    @field_serializer("options")
+    def _without_secrets(self, options: dict[str, Json]) -> dict[str, Json]:
+        """Returns the options as they are written into results: access keys are left out."""
+        return {key: value for key, value in options.items() if not re.search("secret|access_key", key)}
 
 
 class TextCacheConfig(Section):

@@ -43,6 +43,8 @@ _TEXT_VALUES = (
     "image_embeds",
     "resolution_type",
 )
+_NAMES = {"webdataset": "shards", "csv": "csv_file", "huggingface": "dataset_name"}
+"""Backend -> its key that names files, relative to the working directory or to the config."""
 _DATASET_TYPES = ("image", "text_embeds", "image_embeds")
 _LARGEST_AREA_MEGAPIXELS = 16.0
 """A size up to here is read as megapixels, one above as pixels: nobody trains on 16 px or on 17 megapixels."""
@@ -197,8 +199,10 @@ def _dataset(
     values["cache_dir_vae"] = str(_latent_folder(own, by_type, context, findings, where))
     if kind == "local":
         _resolve_folder(values, context, where, findings)
-    elif kind == "webdataset":
-        values["instance_data_dir"] = str(_folder_of_names(own.get("instance_data_dir"), options, context))
+    elif kind in _NAMES:
+        values["instance_data_dir"] = str(
+            _folder_of_names(own.get("instance_data_dir"), options.get(_NAMES[kind]), context)
+        )
     dataset = build(DatasetConfig, values, f"{where}: ", findings)
     _check_bounds(dataset, where, findings)
     for key in own.keys() & DatasetConfig.model_fields.keys():
@@ -297,15 +301,14 @@ def _resolve_folder(values: dict[str, Json], context: Context, where: str, findi
     values["instance_data_dir"] = str(found or context.places.written(str(written)))
 
 
-def _folder_of_names(written: Json, options: dict[str, Json], context: Context) -> Path:
-    """Returns the folder where the relative names of shards begin.
+def _folder_of_names(written: Json, named: Json, context: Context) -> Path:
+    """Returns the folder where the relative names of a backend's files begin.
 
     Without instance_data_dir that is the first place where what stands before braces and wildcards exists.
     """
     if written is not None:
         return context.places.find(str(written)) or context.places.written(str(written))
-    shards = options.get("shards")
-    names = [str(name) for name in (shards if isinstance(shards, list) else [shards]) if name]
+    names = [str(name) for name in (named if isinstance(named, list) else [named]) if name]
     names = [name for name in names if "://" not in name and not name.startswith("pipe:")]
     parts = [re.split(r"[{*?\[]", name, maxsplit=1)[0] for name in names]
     starts = [part if part == name else part[: part.rfind("/") + 1] for name, part in zip(names, parts, strict=True)]

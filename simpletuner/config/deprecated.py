@@ -230,7 +230,7 @@ DATASET_TYPES = {
 }
 """Known dataset_type that is not built -> what to do."""
 
-_CAPTIONS = "it is not built yet; use textfile, filename or instanceprompt"
+_CAPTIONS = "a dataset of that type has its captions beside the images"
 _ATTENTION = "it changes speed only"
 _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
     "model_type": {"controlnet": (None, "control networks are not built"), "deepfloyd-lora": (None, _FAMILY)},
@@ -240,7 +240,10 @@ _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
         name: (None, "it changes the base weights, which are the teacher; use default or gaussian")
         for name in ("loftq", "olora", "pissa", "eva", "corda")
     },
-    "caption_strategy": {name: (None, _CAPTIONS) for name in ("parquet", "csv", "huggingface", "webdataset")},
+    "caption_strategy": {
+        "parquet": (None, "it is not built yet; use textfile, filename or instanceprompt"),
+        **{name: ("textfile", _CAPTIONS) for name in ("csv", "huggingface", "webdataset")},
+    },
     "metadata_backend": {
         "parquet": (None, "sizes come from the images' headers; use discovery, and textfile captions"),
         "json": ("discovery", "the scan keeps its own manifest"),

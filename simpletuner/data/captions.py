@@ -34,7 +34,7 @@ def captions(dataset: DatasetConfig, backend: Backend, path: str) -> list[str]:
     if dataset.caption_strategy == "filename":
         found = [PurePosixPath(path).stem.replace("_", " ").strip()]
     else:
-        text = backend.read_text(str(PurePosixPath(path).with_suffix(".txt"))) or ""
+        text = backend.caption(path) or ""
         lines = [text] if dataset.disable_multiline_split else text.splitlines()
         found = [line.strip() for line in lines]
     found = [caption for caption in found if caption]

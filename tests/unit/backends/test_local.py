@@ -60,5 +60,5 @@ def test_reads_text_without_byte_order_mark(tmp_path: Path):
     add_image(tmp_path / "images", "a.png", (8, 8))
     (tmp_path / "images" / "a.txt").write_bytes(b"\xef\xbb\xbfa cat")
     backend = open_backend(dataset(tmp_path))
-    assert backend.read_text("a.txt") == "a cat"
-    assert backend.read_text("b.txt") is None
+    assert backend.caption("a.png") == "a cat"
+    assert backend.caption("b.png") is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from simpletuner.backends._base import NotFetched, open_backend
-from simpletuner.backends._download import Downloads
+from simpletuner.backends._download import DownloadOptions, Downloads
 from simpletuner.backends._shards import PIPE_SWITCH, Shard
 from simpletuner.config.errors import UserError
 from simpletuner.data.captions import read_captions
@@ -179,13 +179,13 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, server: Server):
     write_shard(server.folder / "0.tar", samples(0, 1))
     (tmp_path / "cache" / "vae").mkdir(parents=True)
     (tmp_path / "cache" / "vae" / "shards").touch()
-    with pytest.raises(UserError, match="cannot write downloaded shards into '.*/cache/vae/shards'"):
+    with pytest.raises(UserError, match="cannot write downloads into '.*/cache/vae/shards'"):
         scan(shards(tmp_path, shards=f"{server.url}/0.tar"))
 
 
 def test_two_that_want_the_same_shard_fetch_it_once(tmp_path: Path, server: Server):
     write_shard(server.folder / "0.tar", samples(0, 50))
-    downloads = Downloads(tmp_path / "cache", 10**9, 10, 1)
+    downloads = Downloads(tmp_path / "cache", DownloadOptions())
     shard = Shard("0.tar", f"{server.url}/0.tar")
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(downloads.fetch, [shard] * 4))

@@ -67,7 +67,7 @@ def test_keys_are_checked(tmp_path: Path):
         open_backend(shards(tmp_path, caption_kee="text", download_attempts=0))
     assert error.value.lines == (
         "dataset 'pictures': caption_kee: unknown key - did you mean 'caption_key'?",
-        "dataset 'pictures': download_attempts: 0 is too small; at least 1. How often to try a shard.",
+        "dataset 'pictures': download_attempts: 0 is too small; at least 1. How often to try a file.",
     )
 
 
@@ -210,7 +210,7 @@ def test_what_is_not_in_a_shard(tmp_path: Path):
     for path in ("a.tar/1.png", "b.tar/00000.png", "00000.png", "a.tar/00000.jpg", "/etc/passwd", "a.tar"):
         with pytest.raises(FileNotFoundError):
             backend.open(path)
-    assert backend.read_text("a.tar/1.txt") is None
+    assert backend.caption("a.tar/1.png") is None
     (tmp_path / "shards" / "a.tar").unlink()
     with pytest.raises(OSError, match="No such file"):
         backend.open("a.tar/00000.png")

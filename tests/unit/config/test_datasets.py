@@ -241,3 +241,14 @@ def test_relative_shards_begin_where_they_exist(run: Run) -> None:
         assert run.load({}, [entry | {"shards": written}]).datasets[0].instance_data_dir == run.working_dir
     (dataset,) = run.load({}, [entry | {"instance_data_dir": "tars"}]).datasets
     assert dataset.instance_data_dir == config_dir / "tars"
+
+
+def test_files_of_other_backends_begin_where_they_exist_and_bring_their_captions(run: Run) -> None:
+    (run.folder / "list.csv").touch()
+    (run.folder / "rows").mkdir()
+    for kind, key, name in (("csv", "csv_file", "list.csv"), ("huggingface", "dataset_name", "rows")):
+        config = run.load({}, [{"id": "x", "type": kind, key: name, "caption_strategy": kind}])
+        (dataset,) = config.datasets
+        assert (dataset.instance_data_dir, dataset.options) == (run.folder, {key: name})
+        assert dataset.caption_strategy == "textfile"
+        assert any(f"caption_strategy: '{kind}' is read as textfile" in notice for notice in config.notices)

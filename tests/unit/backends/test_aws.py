@@ -1,0 +1,113 @@
+"""A bucket on a real S3 server of this machine: moto's."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.backends._base import open_backend
+from simpletuner.config.backends import DatasetConfig
+from simpletuner.config.errors import UserError
+from simpletuner.data.manifest import scan
+from tests.unit.backends.shards import by_id, image_bytes, scanned
+from tests.unit.data.support import dataset
+
+s3fs = pytest.importorskip("s3fs")
+moto_server = pytest.importorskip("moto.server")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name in (*(name for name in os.environ if name.startswith("AWS_")), "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    files = s3fs.S3FileSystem(key="k", secret="s", endpoint_url=endpoint, use_listings_cache=False)
+    if files.exists("pictures"):
+        files.rm("pictures", recursive=True)
+    files.mkdir("pictures")
+    for number, name in enumerate(("a/0.png", "a/deep/1 é.png", "b/2.png")):
+        files.pipe_file(f"pictures/{name}", image_bytes((16 + number, 16), number))
+        files.pipe_file(f"pictures/{name[:-4]}.txt", f"caption {number}".encode())
+    files.pipe_file("pictures/a/.hidden/3.png", b"x")
+    return files
+
+
+def at(root: Path, endpoint: str, **options: Any) -> DatasetConfig:
+    keys = {"aws_access_key_id": "k", "aws_secret_access_key": "s", "aws_endpoint_url": endpoint}
+    own = {"aws_bucket_name": "pictures", "aws_attempts": 1, **keys, **options}
+    return dataset(root, type="aws", instance_data_dir=root, options={k: v for k, v in own.items() if v is not None})
+
+
+def test_images_and_captions_of_a_bucket_and_of_a_folder_in_it(tmp_path: Path, endpoint: str, bucket: Any):
+    everything = {"a/0.png": ["caption 0"], "a/deep/1 é.png": ["caption 1"], "b/2.png": ["caption 2"]}
+    manifest = scanned(at(tmp_path, endpoint))
+    assert by_id(manifest) == everything
+    assert (manifest.rows["width"].to_pylist(), manifest.problems) == ([16, 17, 18], {})
+    assert list(by_id(scanned(at(tmp_path, endpoint, aws_data_prefix="/a/")))) == ["0.png", "deep/1 é.png"]
+    with open_backend(at(tmp_path, endpoint)).open("b/2.png") as file:
+        assert file.read() == image_bytes((18, 16), 2)
+    assert sorted(bucket.find("pictures"))[0] == "pictures/a/.hidden/3.png"
+
+
+def test_only_what_changed_is_opened_again(tmp_path: Path, endpoint: str, bucket: Any, monkeypatch: pytest.MonkeyPatch):
+    from simpletuner.backends.aws import Aws
+
+    opened: list[str] = []
+    original = Aws.open
+    monkeypatch.setattr(Aws, "open", lambda self, path: (opened.append(path), original(self, path))[1])
+    scan(at(tmp_path, endpoint))
+    assert len(opened) == 3
+    bucket.pipe_file("pictures/b/2.png", image_bytes((18, 16), 77))
+    bucket.pipe_file("pictures/b/2.png", bucket.cat_file("pictures/b/2.png")[::-1])  # as large as before, and as old
+    opened.clear()
+    assert scan(at(tmp_path, endpoint)).problems == {"not an image that can be read": ("b/2.png",)}
+    assert opened == ["b/2.png"]
+
+
+def test_what_is_wrong_with_an_object_costs_its_image_only(tmp_path: Path, endpoint: str, bucket: Any):
+    bucket.pipe_file("pictures/b/empty.png", b"")
+    bucket.pipe_file("pictures/b/2.txt", b"caf\xe9")
+    bucket.rm_file("pictures/a/0.txt")
+    manifest = scanned(at(tmp_path, endpoint))
+    assert manifest.ids == ["a/deep/1 é.png"]
+    assert manifest.problems == {
+        "empty file": ("b/empty.png",),
+        "without caption": ("a/0.png",),
+        "caption file is not UTF-8": ("b/2.png",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"aws_bucket_name": "nowhere"}, "aws_bucket_name: 's3://nowhere' cannot be listed: "),
+        ({"aws_endpoint_url": "http://127.0.0.1:9"}, "aws_bucket_name: 's3://pictures' cannot be listed: "),
+        ({"aws_bucket_name": None}, "aws_bucket_name: required"),
+        ({"aws_secret_access_key": None}, "aws_access_key_id, aws_secret_access_key: give both or none"),
+        ({"aws_bucket": "x"}, "aws_bucket: unknown key - did you mean 'aws_bucket_name'?"),
+    ],
+)
+def test_a_bucket_that_will_not_do_is_one_line(
+    tmp_path: Path, endpoint: str, bucket: Any, options: dict[str, Any], line: str
+):
+    with pytest.raises(UserError) as caught:
+        scan(at(tmp_path, endpoint, **options))
+    assert len(caught.value.lines) == 1
+    assert caught.value.lines[0].startswith(f"dataset 'pictures': {line}")
+    assert "'s'" not in caught.value.lines[0]
+
+
+def test_keys_are_written_into_no_result(tmp_path: Path, endpoint: str):
+    written = at(tmp_path, endpoint).model_dump_json()
+    assert '"aws_bucket_name":"pictures"' in written
+    assert "access_key" not in written
