@@ -1,9 +1,9 @@
 """Frozen weights in 8, 4 or 2 bits: what can be had (``SCHEMES``), and layers that keep their weight packed.
 
 Libraries decide which numbers stand for a weight; storing and computing are the same for all of them. A packed layer
-unpacks its weight when it runs, forwards and again backwards, and keeps nothing in between: autograd, as the libraries'
-own layers use it, keeps the unpacked weight of each layer, which is the whole base a second time. Adapters are attached
-first, to plain layers, since peft 0.21 makes an adapter of the class of its base: an empty QConv2d for a packed one.
+unpacks its weight when it runs, forwards and again backwards, and keeps nothing in between: torchao's own layers leave
+the unpacked weight to autograd, which is the whole base a second time. Adapters are attached first, to plain layers:
+peft 0.21 makes the matrices of an adapter of the class of its base, which for quanto's convolutions are empty.
 
 Shapes: O outputs, K numbers that an output is made from (channels times kernel), P a whole number of bytes.
 """
@@ -196,7 +196,7 @@ def _quanto_bits(name: str, weight: Tensor) -> Packed:
     """Packs as quanto does in 4 and 2 bits: groups of a row between their smallest and their largest number.
 
     Its own unpacking compiles C++ (on a CUDA device all of quanto's kernels) when it is first used, for a shift and a
-    mask, and its matrix product for 4 bits has no gradient.
+    mask.
     """
     from optimum.quanto import MaxOptimizer, qtypes
 
