@@ -26,6 +26,7 @@ class CachingProgress:
             return
         self._last_line = now
         if finished:
+            del self._started[what]
             _LOG.info("%s: %d in %s", what, done, duration(now - started))
         elif total and done:
             _LOG.info("%s: %d of %d, %s left", what, done, total, duration((now - started) * (total - done) / done))

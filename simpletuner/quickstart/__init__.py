@@ -1,25 +1,43 @@
-"""The embedded default: a tiny SDXL and a generator of captioned pictures, so that a first run needs no download."""
+"""The embedded default: a small trained SDXL and a generator of captioned pictures, so that nothing is downloaded."""
 
+import shutil
 from pathlib import Path
 
 from simpletuner import examples_folder
 
 FOLDER = Path("output/quickstart")
 """Where the example's pictures and model are put, below the working directory: what its config names."""
+TEACHER = Path(__file__).with_name("teacher")
+"""The model as it comes with the package."""
+_NUM_PICTURES = 1500
+_SCORES = "scores.json"
+"""Of the teacher's files the one that no two teachers share."""
 
 
 def prepare() -> Path:
-    """Draws the pictures and makes the model where they are missing; returns the path of the example's config."""
+    """Draws the pictures and lays out the model where they are missing; returns the path of the example's config."""
     from simpletuner.quickstart.drawing import draw
-    from simpletuner.quickstart.model import write_model
     from simpletuner.quiet import quieten_libraries
 
     quieten_libraries()
-    draw(FOLDER / "scenes")
-    write_model(FOLDER / "model")
+    draw(FOLDER / "pictures", _NUM_PICTURES)
+    _lay_out(FOLDER / "teacher")
     return config_path()
 
 
 def config_path() -> Path:
     """Returns the example's config."""
     return examples_folder() / "quickstart" / "config.json"
+
+
+def _lay_out(folder: Path) -> None:
+    """Copies the teacher into a folder, whole or not at all; that of another version gives way to it."""
+    from simpletuner.atomic import new_folder
+
+    scores = folder / _SCORES
+    if scores.is_file() and scores.read_bytes() == (TEACHER / _SCORES).read_bytes():
+        return
+    if scores.is_file():
+        shutil.rmtree(folder)
+    with new_folder(folder) as made:
+        shutil.copytree(TEACHER, made, dirs_exist_ok=True)

@@ -25,6 +25,7 @@ from simpletuner.hooks.caching import CachingProgress
 from simpletuner.quickstart.drawing import render
 from simpletuner.quickstart.judge import accuracy
 from simpletuner.quickstart.scenes import Scene, Split, make_prompt
+from simpletuner.quiet import quieten_libraries
 
 PROMPTS_SEED = 0
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    quieten_libraries()
     model, unet = arguments.folder / "model", arguments.unet or arguments.folder / "run"
     if not model.exists():
         assemble(arguments.folder / "start", unet, model)
@@ -106,15 +108,17 @@ An SDXL of {num_bytes / 1e6:.1f} MB that draws coloured shapes: pictures of 64 t
 red star left of a large blue ring on a striped yellow background". It knows no other words. It was trained on drawn
 pictures and their captions alone, so nobody else has rights in it; its licence is the repository's.
 
-VAE and text encoders: `config/examples/teacher/make_start.py`. UNet: `config/examples/teacher/config.json`,
-{run["step"]} steps, commit {run["commit"]}{" with local changes" if run["dirty"] else ""}. Everything again, from
-nothing: `bash config/examples/teacher/reproduce.sh`.
+- VAE and text encoders: `config/examples/teacher/make_start.py`
+- UNet: `config/examples/teacher/config.json`, {run["step"]} steps, at commit
+  {run["commit"]}{" with local changes" if run["dirty"] else ""}
+- Everything again, from nothing: `bash config/examples/teacher/reproduce.sh`
 
 ## Scores
 
 Parts of pictures that a judge of rules (`simpletuner/quickstart/judge.py`) finds right, in all attributes and in each.
-Samples: {scores["num_inference_steps"]} steps, guidance {scores["guidance_scale"]:g}, captions that no training
-picture was drawn for; "unseen" are combinations of colour and shape that no training picture shows.
+"Samples" are drawn in {scores["num_inference_steps"]} steps with guidance {scores["guidance_scale"]:g}, for captions
+that were made apart from those of the training pictures; "unseen" are combinations of colour and shape that no training
+picture shows.
 
 {table}
 """
