@@ -127,7 +127,7 @@ class Downloads:
                     with users_errors(self.folder):
                         part.write(chunk)
                 if expected is not None and written != expected:
-                    raise OSError(f"{written} of {expected} bytes came")
+                    raise OSError(f"the answer breaks off ({written} of {expected} bytes came)")
         except BaseException:
             with self._lock:
                 self._taken_bytes = (self._taken_bytes or 0) - reserved

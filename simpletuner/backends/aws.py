@@ -1,6 +1,9 @@
 """Images in a bucket of S3, or of a server that speaks its language; needs the package s3fs."""
 
 import errno
+import hashlib
+import io
+import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -15,7 +18,9 @@ from simpletuner.config.errors import UserError
 from simpletuner.config.fields import Section, setting
 
 _HEADER_BYTES = 1 << 16
-"""What is read ahead of what was asked for: most headers are in the first request."""
+"""What one request brings while a header is read: most headers are in the first."""
+_PAGE = 1000
+"""Objects that one request lists: as many as S3 gives."""
 
 
 class Options(Section):
@@ -40,7 +45,8 @@ class Aws:
         if (own.aws_access_key_id is None) != (own.aws_secret_access_key is None):
             raise UserError(f"dataset '{dataset.id}': aws_access_key_id, aws_secret_access_key: give both or none")
         self._where = f"dataset '{dataset.id}': aws_bucket_name"
-        self._root = f"{own.aws_bucket_name}/{own.aws_data_prefix.strip('/')}".strip("/")
+        self._bucket, folder = own.aws_bucket_name, own.aws_data_prefix.strip("/")
+        self._prefix = f"{folder}/" if folder else ""
         timeouts = {"connect_timeout": own.aws_timeout_seconds, "read_timeout": own.aws_timeout_seconds}
         self._files = s3fs.S3FileSystem(
             key=own.aws_access_key_id,
@@ -52,47 +58,79 @@ class Aws:
         )
 
     def list_images(self, fetch: bool = True) -> Iterator[FileEntry]:
-        """Yields every image once. Raises UserError when the bucket cannot be listed."""
-        try:
-            with _answers():
-                found = cast("dict[str, dict[str, Any]]", self._files.find(self._root, detail=True))
-        except OSError as error:
-            raise UserError(f"{self._where}: 's3://{self._root}' cannot be listed: {error.strerror}") from error
-        for name, told in found.items():
-            path = name.removeprefix(f"{self._root}/")
-            if is_image(path) and not any(part.startswith(".") for part in PurePosixPath(path).parts):
-                yield FileEntry(path, int(told["size"]), _stamp(told))
+        """Yields every image once, page by page. Raises UserError when the bucket cannot be listed."""
+        asked: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix, "MaxKeys": _PAGE}  # Any: of botocore
+        while True:
+            try:
+                with _answers():
+                    page = cast("dict[str, Any]", self._files.call_s3("list_objects_v2", **asked))
+            except OSError as error:
+                reason = str(error.__cause__ or error)
+                raise UserError(f"{self._where}: '{self._bucket}' cannot be listed: {reason}") from error
+            for told in page.get("Contents", ()):
+                path = str(told["Key"]).removeprefix(self._prefix)
+                if is_image(path) and not any(part.startswith(".") for part in PurePosixPath(path).parts):
+                    yield FileEntry(path, int(told["Size"]), _stamp(str(told["ETag"])))
+            if not page.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def open(self, path: str) -> BinaryIO:
         """Returns an image opened for reading; what is not read is not transferred. Raises OSError."""
-        with _answers():
-            return cast(BinaryIO, self._files.open(f"{self._root}/{path}", "rb", block_size=_HEADER_BYTES))
+        return io.BufferedReader(_Object(self._files, f"{self._bucket}/{self._prefix}{path}"), _HEADER_BYTES)
 
     def caption(self, path: str) -> str | None:
         """Returns the text object of the same name in UTF-8, None when there is none."""
         try:
             with _answers():
-                content = cast(bytes, self._files.cat_file(f"{self._root}/{PurePosixPath(path).with_suffix('.txt')}"))
+                name = f"{self._bucket}/{self._prefix}{PurePosixPath(path).with_suffix('.txt')}"
+                content = cast(bytes, self._files.cat_file(name))
         except FileNotFoundError:
             return None
         return content.decode("utf-8-sig")
 
 
-def _stamp(told: dict[str, Any]) -> int:
-    """Returns a number that changes with the content: S3 counts time in seconds, and its tag is a digest."""
-    return int.from_bytes(str(told.get("ETag", told.get("LastModified"))).encode()[-8:], "little") >> 1
+class _Object(io.RawIOBase):
+    """An object of a bucket, read range by range."""
+
+    def __init__(self, files: Any, name: str) -> None:  # Any: of an extra
+        with _answers():
+            self._file = files.open(name, "rb", block_size=_HEADER_BYTES, cache_type="none")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def readinto(self, buffer: memoryview, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]  # any buffer
+        with _answers():
+            data = cast(bytes, self._file.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        with _answers():
+            return cast(bytes, self._file.read())
+
+
+def _stamp(tag: str) -> int:
+    """Returns a number that changes with the content: S3 counts time in seconds, but its tag is a digest."""
+    return int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest()) >> 1
 
 
 @contextmanager
 def _answers() -> Generator[None]:
-    """Turns what the libraries raise into OSErrors that have a reason."""
+    """Turns what the libraries raise into OSErrors whose reason is the same for all objects."""
     try:
         yield
     except (BotoCoreError, ClientError) as error:
-        raise OSError(errno.EREMOTEIO, str(error)) from error
+        raise OSError(errno.EREMOTEIO, type(error).__name__) from error
     except OSError as error:
-        if error.strerror is None:
-            error.strerror = str(error)
+        error.strerror = error.strerror or type(error).__name__
         raise
 
 

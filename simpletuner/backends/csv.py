@@ -79,7 +79,8 @@ class Csv:
         try:
             stat = (self._path(shard) if shard.is_here else self._downloads.fetch(shard)).stat()
         except OSError as error:
-            self._problems[shard.id] = OSError(error.errno or errno.EREMOTEIO, error.strerror or str(error))
+            reason = (error.strerror or str(error)).partition(" (")[0]  # without what differs from image to image
+            self._problems[shard.id] = OSError(error.errno or errno.EREMOTEIO, reason)
             return FileEntry(shard.id, 0, 0)
         return FileEntry(shard.id, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns))
 

@@ -48,7 +48,11 @@ def at(root: Path, endpoint: str, **options: Any) -> DatasetConfig:
     return dataset(root, type="aws", instance_data_dir=root, options={k: v for k, v in own.items() if v is not None})
 
 
-def test_images_and_captions_of_a_bucket_and_of_a_folder_in_it(tmp_path: Path, endpoint: str, bucket: Any):
+@pytest.mark.parametrize("page", [1000, 2])
+def test_images_and_captions_of_a_bucket_and_of_a_folder_in_it(
+    tmp_path: Path, endpoint: str, bucket: Any, monkeypatch: pytest.MonkeyPatch, page: int
+):
+    monkeypatch.setattr("simpletuner.backends.aws._PAGE", page)
     everything = {"a/0.png": ["caption 0"], "a/deep/1 é.png": ["caption 1"], "b/2.png": ["caption 2"]}
     manifest = scanned(at(tmp_path, endpoint))
     assert by_id(manifest) == everything
@@ -87,11 +91,58 @@ def test_what_is_wrong_with_an_object_costs_its_image_only(tmp_path: Path, endpo
     }
 
 
+def test_a_server_that_goes_away_costs_what_was_not_read(
+    tmp_path: Path, endpoint: str, bucket: Any, monkeypatch: pytest.MonkeyPatch
+):
+    from botocore.exceptions import EndpointConnectionError
+
+    original = s3fs.core.S3File.read
+
+    def read(self: Any, length: int = -1) -> bytes:
+        if "/b/" in self.path:
+            raise EndpointConnectionError(endpoint_url=self.path)
+        return original(self, length)
+
+    monkeypatch.setattr(s3fs.core.S3File, "read", read)
+    manifest = scan(at(tmp_path, endpoint))
+    assert manifest.problems == {"cannot be opened: EndpointConnectionError": ("b/2.png",)}
+    monkeypatch.setattr(s3fs.core.S3File, "read", original)
+    assert len(scan(at(tmp_path, endpoint)).ids) == 3
+
+
+def test_of_a_header_the_first_part_alone_is_transferred(
+    tmp_path: Path, endpoint: str, bucket: Any, monkeypatch: pytest.MonkeyPatch
+):
+    bucket.rm([name for name in bucket.find("pictures") if name.endswith(".png")])
+    bucket.pipe_file("pictures/large.png", image_bytes((700, 700), kind="BMP"))
+    sizes: list[int] = []
+    original = s3fs.core.S3File.read
+
+    def read(self: Any, length: int = -1) -> bytes:
+        data = original(self, length)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(s3fs.core.S3File, "read", read)
+    assert len(scan(at(tmp_path, endpoint)).ids) == 1
+    assert sizes == [1 << 16]
+    sizes.clear()
+    with open_backend(at(tmp_path, endpoint)).open("large.png") as file:
+        assert len(file.read()) == sum(sizes) == 700 * 700 * 3 + 54
+    assert len(sizes) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"aws_bucket_name": "nowhere"}, "aws_bucket_name: 's3://nowhere' cannot be listed: "),
-        ({"aws_endpoint_url": "http://127.0.0.1:9"}, "aws_bucket_name: 's3://pictures' cannot be listed: "),
+        (
+            {"aws_bucket_name": "nowhere"},
+            "aws_bucket_name: 'nowhere' cannot be listed: An error occurred (NoSuchBucket)",
+        ),
+        (
+            {"aws_endpoint_url": "http://127.0.0.1:9"},
+            "aws_bucket_name: 'pictures' cannot be listed: Could not connect to the endpoint URL: \"http://127",
+        ),
         ({"aws_bucket_name": None}, "aws_bucket_name: required"),
         ({"aws_secret_access_key": None}, "aws_access_key_id, aws_secret_access_key: give both or none"),
         ({"aws_bucket": "x"}, "aws_bucket: unknown key - did you mean 'aws_bucket_name'?"),

@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,17 @@ def test_reads_text_without_byte_order_mark(tmp_path: Path):
     backend = open_backend(dataset(tmp_path))
     assert backend.caption("a.png") == "a cat"
     assert backend.caption("b.png") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "extra"), [("aws", "s3fs", "aws"), ("huggingface", "datasets", "datasets")]
+)
+def test_a_backend_without_its_package_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str, extra: str
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"simpletuner.backends.{kind}", raising=False)
+    with pytest.raises(
+        UserError, match=rf"'{kind}' needs the package '{package}': pip install \"simpletuner\[{extra}\]\""
+    ):
+        open_backend(dataset(tmp_path, type=kind))

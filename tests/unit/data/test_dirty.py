@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from simpletuner import plan_view
 from simpletuner.config.errors import UserError
 from simpletuner.data import cache
 from simpletuner.data.captions import read_captions
@@ -22,6 +23,7 @@ from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.identity import Encoding
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.precompute import precompute, prepare
+from simpletuner.data.summary import summarise
 from simpletuner.data.transforms import open_rgb
 from tests.unit.data.support import CountingFamily, add_image, dataset, picture, text_cache
 
@@ -142,6 +144,8 @@ def test_any_name_is_trained_on_and_printed_in_one_line(tmp_path: Path, name: st
     with pytest.raises(UserError) as caught:
         scan(dataset(tmp_path, minimum_image_size=512))
     assert all(line.isprintable() for line in caught.value.lines)
+    left_out = summarise(manifest.without({"too old": [f"{name}.png"]}, [True]))
+    assert all(line.isprintable() for line in plan_view._dataset_lines(left_out, 1))
 
 
 def encoded(root: Path, **values: Any) -> tuple[CachedDataset, Manifest]:
