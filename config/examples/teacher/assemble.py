@@ -57,6 +57,11 @@ def assemble(start: Path, unet: Path, model: Path) -> None:
     pipeline.register_modules(unet=UNet2DConditionModel.from_pretrained(unet, use_safetensors=True))
     with new_folder(model) as made:
         pipeline.to(dtype=torch.float16).save_pretrained(made)
+        for path in made.rglob("*.json"):
+            document = json.loads(path.read_text(encoding="utf8"))
+            # Where diffusers found the part: a path of this machine.
+            if document.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf8")
 
 
 def measure(model: Path, num_pictures: int) -> dict[str, Any]:  # Any: JSON
