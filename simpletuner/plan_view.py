@@ -112,9 +112,19 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _validation_lines(plan)
     every = f"every {_some(run.checkpoint_step_interval, 'step')} and " if run.checkpoint_step_interval else ""
     yield f"output      {run.output_dir}, a checkpoint {every}at the end"
+    yield from _publishing_lines(plan)
     if plan.notices:
         yield "notices"
         yield from (f"  - {notice}" for notice in plan.notices)
+
+
+def _publishing_lines(plan: Plan) -> Iterator[str]:
+    publish = plan.config.publish
+    if publish.push_to_hub:
+        kind = "private" if publish.model_card_private else "public"
+        yield f"hub         the result goes to {publish.hub_model_id or plan.config.run.output_dir.name}, {kind}"
+    if publish.report_to:
+        yield f"trackers    {', '.join(publish.report_to)}"
 
 
 def _trained(plan: Plan) -> Iterator[str]:

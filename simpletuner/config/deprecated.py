@@ -115,10 +115,10 @@ _TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
         "evaluation_type eval_dataset_id eval_dataset_pooling eval_steps_interval eval_epoch_interval eval_timesteps "
         "num_eval_images pretrained_evaluation_model_name_or_path"
     ),
-    ("notice", "nothing is uploaded yet, so there is nothing to set"): (
+    ("notice", "uploads take the login of `hf auth login` or HF_TOKEN, and need nothing else (see PUBLISHING.md)"): (
         "push_to_hub_background hub_token model_card_safe_for_work modelspec_comment publishing_config"
     ),
-    ("notice", "trackers are not built yet; metrics.jsonl in output_dir has every number"): (
+    ("notice", "trackers write into output_dir, each picture under a name of its own (see PUBLISHING.md)"): (
         "tracker_image_layout logging_dir tracker_group"
     ),
     ("notice", "accelerate's own settings are used"): "local_rank process_group_init_timeout",

@@ -19,7 +19,7 @@ from simpletuner.training.metrics import Row
 
 IDS = "trackers.json"
 """The file in output_dir with the id of the run in each tracker that has ids: a resumed run goes on under it."""
-FOLDER = "tensorboard"
+_FOLDER = "tensorboard"
 
 _PACKAGES = {"comet_ml": "comet-ml", "mlflow": "mlflow", "swanlab": "swanlab"}
 """What pip calls the packages of trackers that no extra brings."""
@@ -138,8 +138,8 @@ def _arguments(name: str, config: Config, ids: Mapping[str, str], step: int) -> 
             return {"run_name": project, "name": title, **run}
         case "tensorboard":
             # What a killed run logged after its last checkpoint is hidden: it comes again.
-            purge = {"purge_step": step + 1} if step else {}
-            return {"run_name": _file_name(title or project), "logging_dir": folder / FOLDER, **purge}
+            purge = step + 1 if step else 0
+            return {"run_name": _file_name(title or project), "logging_dir": folder / _FOLDER, "purge_step": purge}
         case "swanlab":
             run = {"id": ids[name], "resume": "allow", "logdir": str(folder / name)}
             return {"run_name": project, "experiment_name": title, **run}

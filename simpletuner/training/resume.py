@@ -120,7 +120,8 @@ def _changed_data(plan: Plan, loaded: Loaded) -> list[str]:
 def _set_aside(plan: Plan, result: Iterable[Path]) -> None:
     """Moves what an earlier run left in output_dir into ``previous-<n>``, so that nothing of two runs is mixed."""
     root = plan.config.run.output_dir
-    left = [*root.glob("checkpoint-*"), *(root / name for name in ("validation", "metrics.jsonl")), *result]
+    written = (root / name for name in ("validation", "metrics.jsonl", "tensorboard"))
+    left = [*root.glob("checkpoint-*"), *written, *result]
     left = [path for path in left if path.exists()]
     if not left:
         return
