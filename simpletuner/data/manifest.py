@@ -117,9 +117,10 @@ def scan(
     else:
         files = known
     if complete and files.num_rows == 0:
+        place = f"instance_data_dir: no image in '{dataset.instance_data_dir}'"
         raise UserError(
-            f"dataset '{dataset.id}': instance_data_dir: no image in '{dataset.instance_data_dir}' "
-            "(.jpg .png .webp .bmp .gif .tif .avif, in any folder below it)"
+            f"dataset '{dataset.id}': {place if dataset.type == 'local' else f'no image in its {dataset.type} data'} "
+            "(.jpg .png .webp .bmp .gif .tif .avif, in any folder)"
         )
     return _select(dataset, files, complete)
 

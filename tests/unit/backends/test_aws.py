@@ -143,6 +143,7 @@ def test_of_a_header_the_first_part_alone_is_transferred(
             {"aws_endpoint_url": "http://127.0.0.1:9"},
             "aws_bucket_name: 'pictures' cannot be listed: Could not connect to the endpoint URL: \"http://127",
         ),
+        ({"aws_data_prefix": "c"}, "no image in its aws data (.jpg"),
         ({"aws_bucket_name": None}, "aws_bucket_name: required"),
         ({"aws_secret_access_key": None}, "aws_access_key_id, aws_secret_access_key: give both or none"),
         ({"aws_bucket": "x"}, "aws_bucket: unknown key - did you mean 'aws_bucket_name'?"),
