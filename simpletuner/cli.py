@@ -90,10 +90,11 @@ def evaluate(
     context: typer.Context,
     config: _ConfigPath = None,
     full: Annotated[bool, typer.Option("--full", help="Train with three seeds, and judge 512 prompts.")] = False,
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts to judge without --full.")] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Judge what a run has written beside the model that it started from, in 1, 2, 4 and 8 steps."""
-    from simpletuner.evaluation.evaluate import FULL, QUICK, evaluate
+    from simpletuner.evaluation.evaluate import FULL, evaluate
     from simpletuner.hooks.caching import CachingProgress
     from simpletuner.planning import look_ahead
     from simpletuner.quiet import quieten_libraries
@@ -103,7 +104,7 @@ def evaluate(
     read = _read(context, config)
     first = read.run.seed
     results = train_with_seeds(read, range(first, first + _NUM_SEEDS)) if full else [read.run.output_dir]
-    report = evaluate(look_ahead(read), results, FULL if full else QUICK, CachingProgress())
+    report = evaluate(look_ahead(read), results, FULL if full else prompts, CachingProgress())
     print(json.dumps(report.json(), indent=1) if as_json else report.text())
 
 

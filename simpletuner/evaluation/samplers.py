@@ -61,6 +61,8 @@ def student_samplers(
             options,
         )
         for each in steps
+        # LCMScheduler takes no more steps than the grid has that was trained.
+        if each <= scheduler_config.get("original_inference_steps", each)
     ]
 
 

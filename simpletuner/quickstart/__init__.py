@@ -1,5 +1,6 @@
 """The embedded default: a small trained SDXL and a generator of captioned pictures, so that nothing is downloaded."""
 
+import filecmp
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,8 @@ FOLDER = Path("output/quickstart")
 TEACHER = Path(__file__).with_name("teacher")
 """The model as it comes with the package."""
 _NUM_PICTURES = 1500
-_SCORES = "scores.json"
-"""Of the teacher's files the one that no two teachers share."""
+_MARK = "scores.json"
+"""A file of the teacher's: where it is, the folder was laid out here."""
 
 
 def prepare() -> Path:
@@ -34,10 +35,10 @@ def _lay_out(folder: Path) -> None:
     """Copies the teacher into a folder, whole or not at all; that of another version gives way to it."""
     from simpletuner.atomic import new_folder
 
-    scores = folder / _SCORES
-    if scores.is_file() and scores.read_bytes() == (TEACHER / _SCORES).read_bytes():
-        return
-    if scores.is_file():
+    if (folder / _MARK).is_file():
+        names = [str(path.relative_to(TEACHER)) for path in TEACHER.rglob("*") if path.is_file()]
+        if names == filecmp.cmpfiles(TEACHER, folder, names, shallow=False)[0]:
+            return
         shutil.rmtree(folder)
     with new_folder(folder) as made:
         shutil.copytree(TEACHER, made, dirs_exist_ok=True)
