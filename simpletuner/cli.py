@@ -165,7 +165,7 @@ def main() -> None:
     """Runs the command line and ends the process with its status."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "diffusers", "transformers", "accelerate"):
+    for chatty in ("httpx", "httpx2", "diffusers", "transformers", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         app()
