@@ -27,7 +27,10 @@ import sys, torch
 torch.set_num_threads(1)
 code = sys.stdin.read().partition("```python")[2].partition("```")[0]
 assert "load_lora_weights('ann/few-steps')" in code, code
-exec(code.replace(*sys.argv[1:3]), {})
+names = {}
+exec(code.replace(*sys.argv[1:3]), names)
+names["pipeline"].load_lora_weights("ann/few-steps", subfolder="checkpoint-1", adapter_name="earlier")
+assert "earlier" in names["pipeline"].get_list_adapters()["unet"]
 assert not any(name.startswith("simpletuner") for name in sys.modules)
 """
 
