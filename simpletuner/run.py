@@ -91,9 +91,17 @@ class _Prepared:
 
 
 def train_with_seeds(config: Config, seeds: Sequence[int]) -> list[Path]:
-    """Runs a config once with each seed, without pictures, and returns their output folders; finished runs are kept."""
+    """Runs a config once with each seed and returns their output folders; finished runs are kept.
+
+    The config's own seed is its own run; those of other seeds are below it, silent and without pictures.
+    """
     folders: list[Path] = []
     for seed in seeds:
+        if seed == config.run.seed:
+            validation = config.validation.model_copy(update={"evaluation_prompts": 0})
+            train(config.model_copy(update={"validation": validation}))
+            folders.append(config.run.output_dir)
+            continue
         folder = config.run.output_dir / "evaluation" / f"seed-{seed}"
         run = config.run.model_copy(update={"seed": seed, "output_dir": folder, "resume_from_checkpoint": "latest"})
         validation = config.validation.model_copy(update={"validation_disable": True, "evaluation_prompts": 0})
@@ -243,8 +251,9 @@ def _finish(plan: Plan, run: Run, state: TrainState) -> None:
             *(state.stopped_by.name, state.step, plan.max_steps),
         )
         return
-    for line in write_result(plan, run, state):
-        _LOG.info(line)
+    with run.averaged_weights():
+        for line in write_result(plan, run, state):
+            _LOG.info(line)
     sheet = output_dir / "validation" / "contact_sheet.png"
     if sheet.is_file():
         _LOG.info("pictures: %s", sheet)
