@@ -1,5 +1,6 @@
 """A repository of the hub that takes what a run makes; whether it does is found out before the run begins."""
 
+import json
 import logging
 import shutil
 import time
@@ -22,6 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 WAITS_SECONDS = (5.0, 30.0, 120.0)
 """Before each further try; the client itself has tried most requests several times by then."""
+_ORIGIN = "_name_or_path"
 _ERRORS = (OSError, HTTPError, RuntimeError, ValueError)
 """What the client raises: for statuses and bad connections, from its threads, and for answers it cannot read."""
 
@@ -52,7 +54,7 @@ class Hub:
     def upload(self, files: Mapping[str, Path | bytes], message: str) -> bool:
         """Commits files, by their paths in the repository; returns whether that was done at last."""
         for wait in (*WAITS_SECONDS, None):
-            additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+            additions = [CommitOperationAdd(name, _public(content)) for name, content in files.items()]
             try:
                 self.api.create_commit(self.repo_id, additions, commit_message=message)
             except _ERRORS as error:
@@ -138,6 +140,17 @@ def _licence(api: HfApi, base: str) -> dict[str, str]:
         return {}
     found = {key: data.get(key) for key in ("license", "license_name", "license_link")} if data else {}
     return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def _public(content: Path | bytes) -> Path | bytes:
+    """Returns a file as it is; a config that says from which folder it was loaded, without that."""
+    if not isinstance(content, Path) or content.suffix != ".json":
+        return content
+    text = content.read_text(encoding="utf8")
+    if f'"{_ORIGIN}"' not in text:
+        return content
+    values = json.loads(text)
+    return (json.dumps({key: value for key, value in values.items() if key != _ORIGIN}, indent=2) + "\n").encode()
 
 
 def _is_final(error: Exception) -> bool:

@@ -188,6 +188,14 @@ def test_a_passing_failure_is_tried_again(hub: HubServer, at_hub: pytest.MonkeyP
     assert uploads.failures[0].startswith("push_to_hub: again: not uploaded to http")
 
 
+def test_a_config_does_not_say_where_it_was_loaded_from(hub: HubServer, at_hub: pytest.MonkeyPatch, tmp_path: Path):
+    hub.repos["ann/few-steps"] = repo = Repo(private=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"_class_name": "UNet2DConditionModel", "_name_or_path": f"/home/{SECRET}/unet"}))
+    assert Hub(huggingface_hub.HfApi(), "ann/few-steps", {}).upload({"unet/config.json": path}, "a config")
+    assert json.loads(repo.files["unet/config.json"]) == {"_class_name": "UNet2DConditionModel"}
+
+
 def test_the_bases_license_is_the_cards(hub: HubServer, at_hub: pytest.MonkeyPatch):
     hub.repos["ann/base"] = Repo(private=False, card={"license": "openrail++", "license_link": "there", "tags": ["x"]})
     publish = SimpleNamespace(hub_model_id=None, model_card_private=True)
