@@ -33,8 +33,8 @@ def main() -> None:
     readme = ROOT / "README.md"
     head, _, rest = readme.read_text(encoding="utf8").partition(BEGIN)
     _, _, tail = rest.partition(END)
-    table = (found / "evaluation.md").read_text(encoding="utf8")
-    readme.write_text(f"{head}{BEGIN}{table}{END}{tail}", encoding="utf8")
+    table = (found / "evaluation.md").read_text(encoding="utf8").partition("\n\n")[0]
+    readme.write_text(f"{head}{BEGIN}{table}\n{END}{tail}", encoding="utf8")
 
 
 if __name__ == "__main__":

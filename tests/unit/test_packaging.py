@@ -121,6 +121,9 @@ def test_a_wheel_holds_the_example_configs_and_finds_them(tmp_path: Path):
     assert files
     assert files == sorted(path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
     assert (installed / "simpletuner" / "py.typed").exists()
+    teacher = Path("simpletuner/quickstart/teacher")
+    files = sorted(path.relative_to(ROOT) for path in (ROOT / teacher).rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(installed) for path in (installed / teacher).rglob("*") if path.is_file())
 
 
 def test_links_between_documents_lead_somewhere():
