@@ -151,6 +151,9 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     assert validation is not None
     assert max_steps is not None
     notices.extend(idle_settings(config, validation.guidance_scale > 1))
+    idle = chosen.optimizer.idle_keys(config.optimizer) & config.explicit
+    own = f"has no effect: '{config.optimizer.optimizer}' takes its own from optimizer_config"
+    notices.extend(f"{key}: {own}" for key in sorted(idle))
     lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
     notices.extend(_warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
     vae_dtype = _VAE_DTYPES[config.model.vae_dtype]

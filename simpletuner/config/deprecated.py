@@ -232,6 +232,17 @@ DATASET_TYPES = {
 
 _CAPTIONS = "a dataset of that type has its captions beside the images"
 _ATTENTION = "it changes speed only"
+_OPTIMIZERS = {
+    "muon": "soap",
+    "optimi-lion": "bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged",
+    "bnb-adamw8bit": "bnb-adam8bit bnb-adamw8bit-paged bnb-ademamix8bit bnb-ademamix8bit-paged adamw8bit",
+    "torch-adagrad": "bnb-adagrad bnb-adagrad8bit",
+    "torch-adam": "bnb-adam torch-sparseadam",
+    "adamw": "bnb-adamw bnb-adamw-paged bnb-ademamix bnb-ademamix-paged deepspeed-adamw",
+    "adamw_schedulefree": "adamw_schedulefree+aggressive adamw_schedulefree+no_kahan",
+    "torch-sgd": "torch-asgd",
+}
+"""Optimizer -> names of others that it is the nearest to."""
 _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
     "model_type": {"controlnet": (None, "control networks are not built"), "deepfloyd-lora": (None, _FAMILY)},
     "mixed_precision": {"fp32": ("no", "it is another name"), "fp8": (None, "use bf16")},
@@ -260,6 +271,11 @@ _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
     },
     "validation_noise_scheduler": {"none": ("", "it is another word for the default")},
     "loss_type": {"huber_loss": ("huber", "it is another name"), "mse": ("l2", "it is another name")},
+    "optimizer": {
+        name: (None, f"it is not built; '{near}' is the nearest")
+        for near, names in _OPTIMIZERS.items()
+        for name in names.split()
+    },
     "distillation_method": {"none": ("", "it is another word for the default")},
     "report_to": {"all": (None, "name the trackers, such as wandb,tensorboard; or none")},
 }

@@ -124,7 +124,7 @@ class RunSection(Section):
 class OptimizerSection(Section):
     """The optimizer and the course of the learning rate."""
 
-    optimizer: str = setting("adamw_bf16", "must_match", "Optimizer.")
+    optimizer: str = setting("adamw_bf16", "must_match", "Optimizer; see OPTIMIZERS.md.")
     optimizer_config: dict[str, str | int | float | bool | list[float]] = setting(
         {}, "may_change", "Further options of the optimizer: an object, or `key=value,key=value`."
     )

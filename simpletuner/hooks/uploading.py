@@ -42,7 +42,8 @@ class CheckpointUpload:
             _LOG.info("%s is not uploaded: the one before it is still on its way", name)
             return
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=settings.output_dir))
-        write_weights(self.plan, self.run, student_settings(self.plan, self.run), folder)
+        with self.run.averaged_weights():
+            write_weights(self.plan, self.run, student_settings(self.plan, self.run), folder)
         self.hub.upload_behind(folder, name)
 
     def on_end(self, state: TrainState) -> None:

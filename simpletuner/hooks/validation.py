@@ -188,8 +188,9 @@ class Validation:
             started = time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
             vae = run.load_vae(base_dtype(column.network))
-            for request in missing[run.accelerator.process_index :: run.accelerator.num_processes]:
-                self._draw_one(column, request, vae, folder / request.file_name)
+            with run.averaged_weights():
+                for request in missing[run.accelerator.process_index :: run.accelerator.num_processes]:
+                    self._draw_one(column, request, vae, folder / request.file_name)
             del vae
             if run.accelerator.is_main_process:
                 _LOG.info("drew %d pictures in %.1f s: %s", len(missing), time.perf_counter() - started, folder)

@@ -1,14 +1,17 @@
 """What an optimizer plug-in offers.
 
-A plug-in file binds ``PLUGIN``, an ``OptimizerPlugin`` or something with its two methods;
+A plug-in file binds ``PLUGIN``, an ``OptimizerPlugin`` or something with its methods, such as an ``OptimizerLibrary``;
 ``registry.load("optimizers", section.optimizer, "optimizer")(parameters, section)`` builds the optimizer, and
 ``.keywords(section)`` checks the section without parameters, which is how the plan does it.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -34,6 +37,8 @@ class OptimizerPlugin:
     """Keys that ``optimizer_config`` may hold, with their types (``tuple`` is a list of numbers)."""
     adam: bool = True
     """Whether ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` mean something to it."""
+    decays: bool = True
+    """Whether ``adam_weight_decay`` means something to it: whether its decay is decoupled from the gradient."""
     trains_bf16: bool = False
     """Whether bfloat16 weights lose nothing of their updates under it, so that a full model may be bfloat16."""
 
@@ -56,7 +61,9 @@ class OptimizerPlugin:
         Raises:
             UserError: As for building. (So the plan can check the section without any parameter.)
         """
-        found: Options = {"lr": section.learning_rate, "weight_decay": section.adam_weight_decay}
+        found: Options = {"lr": section.learning_rate}
+        if self.decays:
+            found["weight_decay"] = section.adam_weight_decay
         if self.adam:
             found |= {"betas": (section.adam_beta1, section.adam_beta2), "eps": section.adam_epsilon}
         problems: list[str] = []
@@ -75,6 +82,56 @@ class OptimizerPlugin:
         if problems:
             raise UserError(*problems)
         return found
+
+    def idle_keys(self, section: OptimizerSection) -> frozenset[str]:
+        """Returns the config's keys that mean nothing to it."""
+        moments = () if self.adam else ("adam_beta1", "adam_beta2", "adam_epsilon")
+        return frozenset((*moments, *(() if self.decays else ("adam_weight_decay",))))
+
+
+@dataclass(frozen=True)
+class OptimizerLibrary:
+    """The plug-in of a file that serves several names, each with options of its own."""
+
+    plugins: Mapping[str, OptimizerPlugin]
+    trains_bf16: bool = False
+
+    def __call__(self, parameters: Iterable[Parameter | Mapping[str, Any]], section: OptimizerSection) -> Optimizer:
+        """Returns the section's optimizer, as ``OptimizerPlugin`` does."""
+        return self.plugins[section.optimizer](parameters, section)
+
+    def keywords(self, section: OptimizerSection) -> Options:
+        """Returns the keyword arguments of the section's optimizer, as ``OptimizerPlugin`` does."""
+        return self.plugins[section.optimizer].keywords(section)
+
+    def idle_keys(self, section: OptimizerSection) -> frozenset[str]:
+        """Returns the config's keys that mean nothing to the section's optimizer."""
+        return self.plugins[section.optimizer].idle_keys(section)
+
+
+def options_of(optimizer: Callable[..., Optimizer], kinds: Mapping[str, type]) -> dict[str, type]:
+    """Returns those of the options that an optimizer takes: by name, and as one value or a tuple as its default is."""
+    defaults = {key: parameter.default for key, parameter in inspect.signature(optimizer).parameters.items()}
+    return {
+        key: kind
+        for key, kind in kinds.items()
+        if key in defaults and isinstance(defaults[key], tuple) == (kind is tuple)
+    }
+
+
+def refuse_16_bit(groups: Groups, name: str) -> None:
+    """Raises UserError for weights of 16 bits: at a rate of 1e-5 most of their updates round to nothing, silently."""
+    if any(p.dtype in (torch.bfloat16, torch.float16) for group in groups for p in group["params"]):
+        raise UserError(
+            f"optimizer: '{name}' updates 16-bit weights without compensation and loses most of the update; "
+            "use 'adamw_bf16', or mixed_precision 'no'"
+        )
+
+
+def averaged(optimizer: Optimizer) -> AbstractContextManager[None]:
+    """Shows the weights that an optimizer trains for, where those that it steps from are others (schedule-free)."""
+    context: Callable[[], AbstractContextManager[None]] = getattr(optimizer, "averaged", nullcontext)
+    return context()
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list of numbers"}

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from simpletuner.optimizers._base import Groups, OptimizerPlugin, Options
-from simpletuner.optimizers.adamw import FUSED_DEVICES
+from simpletuner.optimizers.torch import FUSED_DEVICES
 
 CHUNK_NUMEL = 2**25
 """Weights whose float32 copies exist at one time: 128 MiB each for the copy and its gradient."""

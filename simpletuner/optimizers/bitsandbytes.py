@@ -6,22 +6,15 @@ Tensors of fewer than ``min_8bit_size`` numbers keep theirs in 32 bits. Run so f
 from typing import Any, cast
 
 import bitsandbytes  # pyright: ignore[reportMissingImports]  (an extra)
-import torch
 from torch.optim import Optimizer
 
-from simpletuner.config.errors import UserError
-from simpletuner.optimizers._base import ADAM_OPTIONS, Groups, OptimizerPlugin, Options
+from simpletuner.optimizers._base import ADAM_OPTIONS, Groups, OptimizerPlugin, Options, refuse_16_bit
 
 NAMES = ("bnb-adamw8bit",)
 
 
 def _create(groups: Groups, options: Options) -> Optimizer:
-    parameters = [p for group in groups for p in group["params"]]
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
-        raise UserError(
-            "optimizer: 'bnb-adamw8bit' updates 16-bit weights without compensation and loses most of the update; "
-            "use 'adamw_bf16', or mixed_precision 'no'"
-        )
+    refuse_16_bit(groups, NAMES[0])
     return cast(Any, bitsandbytes).optim.AdamW8bit(groups, **options)
 
 

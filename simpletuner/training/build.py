@@ -6,7 +6,8 @@ compilation -> optimizer -> prepare (the student, nothing else).
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from simpletuner.denoiser import Denoiser, checkpoint_with_adapters
 from simpletuner.distillers._base import Distiller, Setup
 from simpletuner.families._base import ModelFamily, Part
 from simpletuner.families._source import ModelSource
+from simpletuner.optimizers._base import averaged
 from simpletuner.plan import Plan, untold_guidance
 from simpletuner.quantization import quantize
 from simpletuner.schedules import NoiseSchedule
@@ -74,6 +76,14 @@ class Run:
         if self.host_group is not None:
             torch.distributed.all_reduce(values)
         return values
+
+    @contextmanager
+    def averaged_weights(self) -> Generator[None]:
+        """Shows the weights that are trained for, where optimizers step from others: for pictures and for files."""
+        with ExitStack() as entered:
+            for learner in self.learners.values():
+                entered.enter_context(averaged(learner.optimizer))
+            yield
 
     def load_vae(self, dtype: torch.dtype) -> nn.Module:
         """Returns the VAE, freshly loaded onto the run's device."""

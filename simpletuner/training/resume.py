@@ -23,14 +23,15 @@ _LOG = logging.getLogger(__name__)
 def save(plan: Plan, run: Run, state: TrainState) -> None:
     """Writes a checkpoint; every rank calls it, the main one writes."""
     if run.accelerator.is_main_process:
-        tensors, values = snapshot.take(run, state)
         config = plan.config
         data = {"datasets": _datasets(plan), "processes": plan.world}
         asked = {"config": config.flat(), "method": _method(plan)}
-        document = {**values, **asked, **data, **checkpoint.provenance()}
         keep = config.run.checkpoints_total_limit or None
         try:
-            checkpoint.save(config.run.output_dir, state.step, tensors, document, keep)
+            with run.averaged_weights():
+                tensors, values = snapshot.take(run, state)
+                document = {**values, **asked, **data, **checkpoint.provenance()}
+                checkpoint.save(config.run.output_dir, state.step, tensors, document, keep)
         except OSError as error:
             raise UserError(
                 f"output_dir: the checkpoint of step {state.step} cannot be written ({error.strerror}); "

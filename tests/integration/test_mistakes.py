@@ -33,6 +33,9 @@ def test_settings_without_effect_in_this_run_are_named(project: Project):
     schedule = {"lr_end": 1e-5, "lr_power": 2.0, "lr_num_cycles": 3}
     assert idle(project, **schedule) == set(schedule)
     assert idle(project, **schedule, lr_scheduler="polynomial") == {"lr_num_cycles"}
+    decay = {"adam_beta2": 0.9, "adam_weight_decay": 0.1}
+    for optimizer, keys in {"adamw": set(), "optimi-lion": {"adam_beta2"}, "torch-sgd": set(decay)}.items():
+        assert idle(project, **schedule | dict.fromkeys(schedule), **decay, optimizer=optimizer) == keys
 
 
 def test_a_full_model_names_the_adapters_settings(project: Project):

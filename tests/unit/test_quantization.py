@@ -133,7 +133,7 @@ def test_no_unpacked_weight_is_kept_for_the_backward_pass(name: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         output = block(sample())
     assert output.requires_grad
-    assert sum(kept) == 2 * 48 * 4 * 4 + 0  # what silu keeps of its input; plain layers keep weights and inputs too
+    assert sum(kept) == 2 * 48 * 4 * 4  # what silu keeps of its input; plain layers keep weights and inputs too
 
 
 def sdxl_unet() -> nn.Module:

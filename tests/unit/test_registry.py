@@ -9,6 +9,7 @@ import pytest
 
 from simpletuner import registry
 from simpletuner.config.errors import UserError, suggestion
+from tests.unit.optimizers.test_plugins import OPTIONAL
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_an_unknown_kind_is_our_own_mistake() -> None:
 def test_every_shipped_name_loads(kind: str) -> None:
     assert registry.names(kind)
     for name in registry.names(kind):
-        if name == "bnb-adamw8bit" and find_spec("bitsandbytes") is None:  # an extra
+        if name in OPTIONAL and find_spec(OPTIONAL[name]) is None:  # an extra
             continue
         assert registry.load(kind, name) is not None
 

@@ -1,6 +1,7 @@
 import pytest
 
-from simpletuner.config.deprecated import ALIASES, CONFIG_KEYS, DATASET_KEYS
+from simpletuner import registry
+from simpletuner.config.deprecated import _OPTIMIZERS, ALIASES, CONFIG_KEYS, DATASET_KEYS
 from simpletuner.config.schema import DatasetConfig, section_of
 from tests.unit.config.conftest import IMAGES, Run
 
@@ -52,6 +53,15 @@ def test_aliases(run: Run, alias: str, key: str) -> None:
     assert config.flat()[key] == value
     assert config.notices == (f"{alias}: read as {key}",)
     assert key in config.explicit
+
+
+@pytest.mark.parametrize("name", sorted(name for names in _OPTIMIZERS.values() for name in names.split()))
+def test_an_optimizer_that_is_not_built_is_told_with_the_nearest_that_is(run: Run, name: str) -> None:
+    (line,) = run.problems({"optimizer": name})
+    near = line.partition("is not built; '")[2].partition("'")[0]
+    assert line == f"optimizer: '{name}' is not supported: it is not built; '{near}' is the nearest"
+    assert near in registry.names("optimizers")
+    assert name not in registry.names("optimizers")
 
 
 def test_an_alias_beside_its_key(run: Run) -> None:
