@@ -151,9 +151,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     assert validation is not None
     assert max_steps is not None
     notices.extend(idle_settings(config, validation.guidance_scale > 1))
-    idle = chosen.optimizer.idle_keys(config.optimizer) & config.explicit
-    own = f"has no effect: '{config.optimizer.optimizer}' takes its own from optimizer_config"
-    notices.extend(f"{key}: {own}" for key in sorted(idle))
+    notices.extend(_idle_optimizer_keys(config, chosen.optimizer))
     lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
     notices.extend(_warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
     vae_dtype = _VAE_DTYPES[config.model.vae_dtype]
@@ -182,6 +180,12 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
         compute_dtype=compute_dtype,
         notices=tuple(dict.fromkeys(notices)),
     )
+
+
+def _idle_optimizer_keys(config: Config, optimizer: OptimizerPlugin) -> list[str]:
+    idle = optimizer.idle_keys(config.optimizer) & config.explicit
+    own = f"has no effect: '{config.optimizer.optimizer}' takes its own from optimizer_config"
+    return [f"{key}: {own}" for key in sorted(idle)]
 
 
 def _misfits(chosen: Chosen, model_type: ModelType) -> list[str]:

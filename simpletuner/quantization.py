@@ -232,7 +232,8 @@ def _torchao4(weight: Tensor) -> Packed:
         quantize_affine,
     )
 
-    block, shape = (1, _group_size(weight.shape[1]) or weight.shape[1]), weight.shape
+    shape = weight.shape
+    block: Any = (1, _group_size(shape[1]) or shape[1])  # Any: torchao says tuple[int] where it takes one of any length
     scale, zero = choose_qparams_affine(
         weight,
         MappingType.ASYMMETRIC,

@@ -118,6 +118,7 @@ class Downloads:
     def _copy(self, shard: Shard, part: BinaryIO) -> None:
         opened = _command if shard.source.startswith("pipe:") else _url
         written = reserved = 0
+        complete = False
         try:
             with opened(shard.source, self._options.download_timeout_seconds) as (stream, expected):
                 reserved = self._reserve(expected or 0, 0, shard)
@@ -128,10 +129,11 @@ class Downloads:
                         part.write(chunk)
                 if expected is not None and written != expected:
                     raise OSError(f"the answer breaks off ({written} of {expected} bytes came)")
-        except BaseException:
-            with self._lock:
-                self._taken_bytes = (self._taken_bytes or 0) - reserved
-            raise
+            complete = True
+        finally:
+            if not complete:
+                with self._lock:
+                    self._taken_bytes = (self._taken_bytes or 0) - reserved
 
     def _reserve(self, size: int, reserved: int, shard: Shard) -> int:
         """Returns how much of the folder a file of that size, or more, has to itself. Raises TooLarge, UserError."""
