@@ -52,7 +52,8 @@ def make_trainer(project: Project, **changes: Any) -> Any:
     plan = way._plan(config, accelerator)
     cache = way._cache(plan, accelerator)
     run = way.build(plan, accelerator, cache, way._dataset(plan, cache, accelerator))
-    return way._trainer(plan, run, cache, TrainState(plan.max_steps))
+    prepared = way._Prepared(plan, None, cache, None, way.Trackers([], 0))
+    return way._trainer(prepared, run, cache, TrainState(plan.max_steps))
 
 
 def test_the_student_begins_as_its_teacher_for_every_guidance(trainer: Any) -> None:
