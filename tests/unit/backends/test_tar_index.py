@@ -29,7 +29,7 @@ def test_the_places_are_those_that_the_webdataset_package_reads(tmp_path: Path):
     for sample in tar.make_index(path):
         if not sample.problem:
             with backend.open(f"a.tar/{sample.name}") as file:
-                ours[sample.key] = (file.read(), backend.read_text(f"a.tar/{sample.key}.txt") or "")
+                ours[sample.key] = (file.read(), backend.caption(f"a.tar/{sample.name}") or "")
     assert len(reference) == 4
     assert ours == reference
 

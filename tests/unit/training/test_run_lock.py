@@ -17,9 +17,13 @@ HOLD = """
 import os, sys, time, pathlib
 from simpletuner.training import run_lock
 lock = run_lock.hold(pathlib.Path(sys.argv[1]))
+there, here = os.pipe()
 worker = os.fork() if "fork" in sys.argv else 1
 if worker == 0:
+    os.write(here, b".")  # what fork runs in the child has run
     time.sleep(60)
+if "fork" in sys.argv:
+    os.read(there, 1)
 print(worker, flush=True)
 time.sleep(60)
 """
