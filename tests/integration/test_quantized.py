@@ -67,6 +67,8 @@ def test_it_learns(trained: Project) -> None:
     assert len(rows) == STEPS
     assert all(0 < row["grad_norm"] < 100 for row in rows)
     assert len({row["loss"] for row in rows}) == STEPS
+    weights = checkpoint.load(trained.output / f"checkpoint-{STEPS}").tensors["weights"]
+    assert all(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)  # they start at zero
     (picture,) = (trained.output / "validation" / f"step-{STEPS:06d}").glob("*.png")
     assert picture.stat().st_size > 0
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "other-grid": LCM | {"distillation_config": {"num_ddim_timesteps": 40, "timestep_scaling_factor": 8.0}},
     "phased": LCM | {"distillation_method": "pcm", "distillation_config": {"num_phases": 2, "solver": "dpm2s"}},
     "random": LCM | {"distillation_method": "tcd", "distillation_config": {"eta": 0.7}},
+    **({"averaged-by-optimizer": LCM | {"optimizer": "adamw_schedulefree"}} if find_spec("schedulefree") else {}),
     "guided": SFT | {"validation_guidance": 3.0, "validation_negative_prompt": "blurry"},
     "guided-bf16": SFT | {"mixed_precision": "bf16", "validation_guidance": 3.0, "validation_guidance_rescale": 0.5},
     "guided-by-nothing": SFT | WITH_BASE | {"validation_guidance": 3.0},
