@@ -183,9 +183,8 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
 
 
 def _idle_optimizer_keys(config: Config, optimizer: OptimizerPlugin) -> list[str]:
-    idle = optimizer.idle_keys(config.optimizer) & config.explicit
     own = f"has no effect: '{config.optimizer.optimizer}' takes its own from optimizer_config"
-    return [f"{key}: {own}" for key in sorted(idle)]
+    return [f"{key}: {own}" for key in sorted(optimizer.idle_keys(config.optimizer) & config.explicit)]
 
 
 def _misfits(chosen: Chosen, model_type: ModelType) -> list[str]:
