@@ -6,7 +6,7 @@ It reads JSON files and safetensors headers only, writes nothing, and imports ne
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,10 +154,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     notices.extend(_idle_optimizer_keys(config, chosen.optimizer))
     lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
     notices.extend(_warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
-    vae_dtype = _VAE_DTYPES[config.model.vae_dtype]
-    precisions = text_precisions(config.model, chosen.facts.num_text_encoders)
-    encoding = Encoding(family, chosen.source, vae_dtype=vae_dtype, text_dtype=weight_dtype, text_precisions=precisions)
-    return Plan(
+    plan = Plan(
         config=config,
         family=family,
         source=chosen.source,
@@ -173,13 +170,14 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
         world=world,
         max_steps=max_steps,
         batches_per_epoch=batches,
-        caches=_caches(config, chosen, encoding, datasets, validation),
+        caches=(),
         weight_dtype=weight_dtype,
-        vae_dtype=vae_dtype,
-        text_precisions=precisions,
+        vae_dtype=_VAE_DTYPES[config.model.vae_dtype],
+        text_precisions=text_precisions(config.model, chosen.facts.num_text_encoders),
         compute_dtype=compute_dtype,
         notices=tuple(dict.fromkeys(notices)),
     )
+    return replace(plan, caches=_caches(plan))
 
 
 def _idle_optimizer_keys(config: Config, optimizer: OptimizerPlugin) -> list[str]:
@@ -375,18 +373,12 @@ def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]
     return LoraPlan(settings, len(modules), lora_num_parameters(modules, rank))
 
 
-def _caches(
-    config: Config,
-    chosen: Chosen,
-    encoding: Encoding,
-    datasets: Sequence[DatasetSummary],
-    validation: ValidationPlan,
-) -> tuple[Outstanding, ...]:
+def _caches(plan: Plan) -> tuple[Outstanding, ...]:
     """Returns what the caches lack."""
-    manifests = [summary.manifest for summary in datasets]
-    prompts = (*validation.prompts, validation.negative_prompt)
-    facts = chosen.facts
-    return tuple(outstanding(manifests, config.text_cache, encoding, facts.cond_numbers, prompts, facts.encoders_here))
+    manifests, facts = [summary.manifest for summary in plan.datasets], plan.facts
+    encoding = plan.encoding(torch.device("cpu"))
+    cache = plan.config.text_cache
+    return tuple(outstanding(manifests, cache, encoding, facts.cond_numbers, plan.prompts, facts.encoders_here))
 
 
 def _scaled(config: Config, world: int, notices: list[str]) -> OptimizerSection:

@@ -17,7 +17,7 @@ from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.identity import Ranks
 from simpletuner.data.precompute import Cache, precompute, prepare
 from simpletuner.data.summary import summarise
-from simpletuner.evaluation.evaluate import evaluate
+from simpletuner.evaluation.evaluate import evaluate, require_scenes
 from simpletuner.hooks.caching import CachingProgress
 from simpletuner.hooks.progress import ProgressHook
 from simpletuner.hooks.tracking import Trackers, start_trackers
@@ -121,6 +121,8 @@ def _evaluate(plan: Plan) -> None:
 def _prepare(config: Config, accelerator: Accelerator, leaving: ExitStack) -> _Prepared:
     """Returns all that a run needs; whoever is to hear of it is asked before hours are spent on caches."""
     plan = _plan(config, accelerator)
+    if config.validation.evaluation_prompts:
+        require_scenes(plan)
     loaded, changes = resume.find(plan, _ranks(accelerator), result_files(plan))
     hub = open_hub(plan) if config.publish.push_to_hub and accelerator.is_main_process else None
     if loaded is not None and loaded.step >= plan.max_steps and result_step(plan) == loaded.step:

@@ -1,7 +1,6 @@
 """Images in a bucket of S3, or of a server that speaks its language; needs the package s3fs."""
 
 import errno
-import hashlib
 import io
 import os
 from collections.abc import Generator, Iterator
@@ -12,7 +11,7 @@ from typing import Any, BinaryIO, cast
 import s3fs  # pyright: ignore[reportMissingImports]  (an extra)
 from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingImports]
 
-from simpletuner.backends._base import FileEntry, is_image, own_options
+from simpletuner.backends._base import FileEntry, is_image, own_options, stamp
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError
 from simpletuner.config.fields import Section, setting
@@ -70,7 +69,7 @@ class Aws:
             for told in page.get("Contents", ()):
                 path = str(told["Key"]).removeprefix(self._prefix)
                 if is_image(path) and not any(part.startswith(".") for part in PurePosixPath(path).parts):
-                    yield FileEntry(path, int(told["Size"]), _stamp(str(told["ETag"])))
+                    yield FileEntry(path, int(told["Size"]), stamp(str(told["ETag"])))
             if not page.get("IsTruncated"):
                 return
             asked["ContinuationToken"] = page["NextContinuationToken"]
@@ -115,11 +114,6 @@ class _Object(io.RawIOBase):
     def readall(self) -> bytes:
         with _answers():
             return cast(bytes, self._file.read())
-
-
-def _stamp(tag: str) -> int:
-    """Returns a number that changes with the content: S3 counts time in seconds, but its tag is a digest."""
-    return int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest()) >> 1
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, TypeAlias
 import datasets  # pyright: ignore[reportMissingImports]  (an extra)
 from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingImports]
 
-from simpletuner.backends._base import FileEntry, NotFetched, Unusable, own_options
+from simpletuner.backends._base import FileEntry, NotFetched, Unusable, own_options, stamp
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError, suggestion
 from simpletuner.config.fields import Section, setting
@@ -47,9 +47,9 @@ class HuggingFace:
         if not fetch and not self._prepared.exists() and not _is_saved(self._path):
             raise NotFetched
         images, _, fingerprint = self._open()
-        stamp = int.from_bytes(hashlib.blake2b(fingerprint.encode(), digest_size=8).digest()) >> 1
+        version = stamp(fingerprint)
         for number in range(len(images)):
-            yield FileEntry(f"{self._options.split}/{number:08}", 1, stamp)
+            yield FileEntry(f"{self._options.split}/{number:08}", 1, version)
 
     def open(self, path: str) -> BinaryIO:
         """Returns an image opened for reading. Raises OSError, Unusable."""

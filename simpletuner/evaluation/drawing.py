@@ -1,6 +1,5 @@
 """Draws the pictures of many scenes with a stock diffusers pipeline, each from the same noise whatever draws it."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from simpletuner.quickstart.drawing import batches_of_one_size
 from simpletuner.quickstart.scenes import Scene
 
 BATCH_SIZE = 32
@@ -40,22 +40,18 @@ def draw_scenes(pipeline: Any, sampler: Sampler, scenes: Sequence[Scene], progre
     """
     pipeline.scheduler = sampler.scheduler
     pipeline.set_progress_bar_config(disable=True)
-    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, scene in enumerate(scenes):
-        by_size[scene.width, scene.height].append(index)
     pictures: dict[int, Image] = {}
-    for (width, height), indices in by_size.items():
-        for start in range(0, len(indices), BATCH_SIZE):
-            batch = indices[start : start + BATCH_SIZE]
-            drawn = pipeline(
-                [scenes[index].caption for index in batch],
-                width=width,
-                height=height,
-                num_inference_steps=sampler.num_inference_steps,
-                guidance_scale=sampler.guidance_scale,
-                generator=[torch.Generator().manual_seed(index) for index in batch],
-                **sampler.options,
-            )
-            pictures |= dict(zip(batch, drawn.images, strict=True))
-            progress(len(pictures), len(scenes), sampler.label)
+    sizes = [(scene.width, scene.height) for scene in scenes]
+    for (width, height), batch in batches_of_one_size(sizes, BATCH_SIZE):
+        drawn = pipeline(
+            [scenes[index].caption for index in batch],
+            width=width,
+            height=height,
+            num_inference_steps=sampler.num_inference_steps,
+            guidance_scale=sampler.guidance_scale,
+            generator=[torch.Generator().manual_seed(index) for index in batch],
+            **sampler.options,
+        )
+        pictures |= dict(zip(batch, drawn.images, strict=True))
+        progress(len(pictures), len(scenes), sampler.label)
     return [pictures[index] for index in range(len(scenes))]

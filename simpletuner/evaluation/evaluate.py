@@ -24,7 +24,7 @@ from simpletuner.evaluation.scores import Row, best
 from simpletuner.hooks.contact_sheet import write_contact_sheet
 from simpletuner.plan import Plan
 from simpletuner.quickstart.drawing import are_scenes, render
-from simpletuner.quickstart.frechet import Moments, distance, moments
+from simpletuner.quickstart.frechet import Moments, distance, features, moments, moments_of
 from simpletuner.quickstart.judge import score
 from simpletuner.quickstart.scenes import Scene, make_prompt
 
@@ -51,11 +51,17 @@ def evaluate(plan: Plan, results: Sequence[Path], num_prompts: int, progress: Pr
     Raises:
         UserError: The model does not know the scenes, or a run has not finished.
     """
+    require_scenes(plan)
+    return _Evaluation(plan, num_prompts, progress).run(results)
+
+
+def require_scenes(plan: Plan) -> None:
+    """Raises UserError for a run whose model cannot be judged; a run asks before it trains."""
     if not any(are_scenes(summary.config.instance_data_dir) for summary in plan.datasets):
         raise UserError(
-            "evaluate: can only judge models of the quickstart's scenes yet, and no dataset has drawn scenes"
+            "evaluation: only models of the quickstart's scenes can be judged yet, and no dataset has drawn scenes; in "
+            "a config of your own leave evaluation_prompts out"
         )
-    return _Evaluation(plan, num_prompts, progress).run(results)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,18 @@ class _Evaluation:
         """Of pictures of other scenes."""
         return moments([render(make_prompt(_REAL_SEED, index)) for index in range(_NUM_REAL)])
 
+    @cached_property
+    def base(self) -> Any:  # Any: a diffusers pipeline
+        """Draws with the model that the runs started from."""
+        return base_pipeline(self.plan)
+
+    @cached_property
+    def teacher_samplers(self) -> list[Sampler]:
+        """Of that model: first its own, then those of a few steps."""
+        config = self.plan.facts.scheduler_config
+        assert config is not None  # the model is on this machine
+        return [teacher_sampler(config), *undistilled_samplers(config)]
+
     def run(self, results: Sequence[Path]) -> Report:
         """Returns the report, and writes it."""
         students = [result_pipeline(self.plan, result) for result in results]
@@ -101,14 +119,13 @@ class _Evaluation:
 
     def _undistilled(self) -> tuple[Row, list[Row]]:
         """Returns how the model draws without distillation, slowly and fast: measured once, and kept."""
-        samplers = self._teacher_samplers()
-        model = identity(self.plan)
+        samplers, model = self.teacher_samplers, identity(self.plan)
         labels = [sampler.label for sampler in samplers]
         for place in (Path(self.plan.source.path), self.folder):
             rows = _read(place / UNDISTILLED, model, labels, self.num_prompts)
             if rows:
                 return rows[0], rows[1:]
-        drawn = self._draw(base_pipeline(self.plan), samplers)
+        drawn = self._draw(self.base, samplers)
         rows = [
             self._judge(sampler.label, sampler.num_inference_steps, [pictures])
             for sampler, pictures in zip(samplers, drawn, strict=True)
@@ -117,11 +134,6 @@ class _Evaluation:
         with files_into(self.folder) as made:
             (made / UNDISTILLED).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
         return rows[0], rows[1:]
-
-    def _teacher_samplers(self) -> list[Sampler]:
-        config = self.plan.facts.scheduler_config
-        assert config is not None  # the model is on this machine
-        return [teacher_sampler(config), *undistilled_samplers(config)]
 
     def _draw(self, pipeline: Any, samplers: Sequence[Sampler]) -> list[list[Image]]:
         """Returns for each sampler a picture of each scene."""
@@ -134,19 +146,17 @@ class _Evaluation:
             for pictures in by_seed
         ]
         counts = {count for count in (*_COUNTS, self.num_prompts) if count <= self.num_prompts}
+        values = [features(pictures) for pictures in by_seed]
         frechet = {
-            count: tuple(distance(moments(pictures[:count]), self.real) for pictures in by_seed)
-            for count in sorted(counts)
+            count: tuple(distance(moments_of(seed[:count]), self.real) for seed in values) for count in sorted(counts)
         }
         return Row(label, num_inference_steps, np.array(right, np.bool_), frechet)
 
     def _teacher_columns(self, few_label: str) -> list[tuple[Sampler, list[Image]]]:
         """Returns the shown pictures of the teacher at its own settings, and by the sampler of a label."""
-        chosen = [
-            sampler for index, sampler in enumerate(self._teacher_samplers()) if not index or sampler.label == few_label
-        ]
-        pipeline = base_pipeline(self.plan)
-        return [(each, draw_scenes(pipeline, each, self.scenes[:_NUM_SHOWN], self.progress)) for each in chosen]
+        own, *others = self.teacher_samplers
+        chosen = [own, *(sampler for sampler in others if sampler.label == few_label)]
+        return [(each, draw_scenes(self.base, each, self.scenes[:_NUM_SHOWN], self.progress)) for each in chosen]
 
     def _show(self, columns: Sequence[tuple[Sampler, Sequence[Image]]]) -> None:
         """Writes the first pictures of each sampler, and the contact sheet."""

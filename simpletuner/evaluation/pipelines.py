@@ -10,17 +10,16 @@ from simpletuner.config.errors import UserError
 from simpletuner.families._base import Part
 from simpletuner.families._fingerprint import fingerprint
 from simpletuner.plan import Plan
+from simpletuner.publishing.export import whole_pipeline
 from simpletuner.publishing.result import CONFIG
 
 
 def base_pipeline(plan: Plan) -> Any:  # Any: of the family's pipeline class
     """Returns the pipeline of the model that a run starts from, in the dtype of its weights."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     family = plan.family.for_model(plan.source)
-    # The VAE too is loaded in float32, because families refuse to encode in float16; here it only decodes.
-    encoders = family.load_encoders(plan.source, device, torch.float32, frozenset[Part]({"vae", "text"}))
     network = family.load(plan.source, plan.weight_dtype)
-    return family.pipeline(network, None, encoders.vae, encoders).to(device, plan.weight_dtype)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return whole_pipeline(family, plan.source, network, None).to(device, plan.weight_dtype)
 
 
 def result_pipeline(plan: Plan, folder: Path) -> Any:  # Any: of the family's pipeline class

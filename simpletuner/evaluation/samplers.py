@@ -12,8 +12,7 @@ FEW_STEPS = (1, 2, 4, 8)
 
 def teacher_sampler(scheduler_config: Mapping[str, Any]) -> Sampler:  # Any: JSON
     """Returns how the teacher draws when it may take its time: by its own scheduler, with guidance."""
-    label = f"teacher, {TEACHER_STEPS} steps"
-    return Sampler(label, own_scheduler(scheduler_config), TEACHER_STEPS, TEACHER_GUIDANCE)
+    return Sampler(_label("teacher", TEACHER_STEPS), own_scheduler(scheduler_config), TEACHER_STEPS, TEACHER_GUIDANCE)
 
 
 def undistilled_samplers(scheduler_config: Mapping[str, Any]) -> list[Sampler]:  # Any: JSON

@@ -6,7 +6,7 @@ same draws, because every row has the same prompts from the same noise.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Row:
     @property
     def interval(self) -> Interval:
         """Of the accuracy."""
-        return _interval(self._resampled())
+        return _interval(self._resampled)
 
     @property
     def distance(self) -> float:
@@ -48,11 +48,11 @@ class Row:
             return float("inf"), (0.0, float("inf"))
         # A resample without any right picture of the other counts as one with half a picture.
         least = 0.5 / other.right.size
-        return self.accuracy / other.accuracy, _interval(self._resampled() / np.maximum(other._resampled(), least))
+        return self.accuracy / other.accuracy, _interval(self._resampled / np.maximum(other._resampled, least))
 
     def lead(self, other: "Row") -> tuple[float, Interval]:
         """Returns by how much this accuracy is above another row's, with its interval."""
-        return self.accuracy - other.accuracy, _interval(self._resampled() - other._resampled())
+        return self.accuracy - other.accuracy, _interval(self._resampled - other._resampled)
 
     def first(self, num_prompts: int) -> "Row":
         """Returns the row of the first prompts alone."""
@@ -76,6 +76,7 @@ class Row:
         frechet = {int(count): tuple(found) for count, found in document["frechet"].items()}
         return Row(document["label"], document["num_inference_steps"], right, frechet)
 
+    @cached_property
     def _resampled(self) -> npt.NDArray[np.float64]:
         """Returns the accuracy of each resample."""
         num_seeds, num_prompts = self.right.shape

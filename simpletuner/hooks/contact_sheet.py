@@ -1,10 +1,11 @@
 """One picture that shows a run: a row for each prompt and size, a column for each moment."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from simpletuner.atomic import files_into
 
 _GAP_PX = 6
 _LABEL_PX = 18
@@ -35,9 +36,8 @@ def write_contact_sheet(path: Path, columns: Sequence[tuple[str, Path]], rows: S
                 sheet.paste(_cell(folder / name, cell), (left, _LABEL_PX + row * row_px + _LABEL_PX))
     for row, (label, _) in enumerate(rows):
         pen.text((_GAP_PX, _LABEL_PX + row * row_px), fitting(label, width - _GAP_PX, font), fill="#404040", font=font)
-    temporary = path.with_suffix(".tmp")
-    sheet.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with files_into(path.parent) as made:
+        sheet.save(made / path.name, format="PNG")
 
 
 def _thinned(columns: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:

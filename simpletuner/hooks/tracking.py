@@ -1,7 +1,6 @@
 """The numbers and pictures of a run in the trackers of ``report_to``, through accelerate's own classes."""
 
 import json
-import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
+from simpletuner.atomic import files_into
 from simpletuner.config.errors import UserError
 from simpletuner.config.schema import Config
 from simpletuner.training.metrics import Row
@@ -159,10 +159,8 @@ def _ids(config: Config, step: int) -> dict[str, str]:
     kept: dict[str, str] = json.loads(path.read_text(encoding="utf8")) if step and path.is_file() else {}
     ids = {name: kept.get(name, uuid.uuid4().hex[:8]) for name in ("wandb", "swanlab")}
     if ids.keys() & set(config.publish.report_to):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(ids), encoding="utf8")
-        os.replace(temporary, path)
+        with files_into(path.parent) as made:
+            (made / IDS).write_text(json.dumps(ids), encoding="utf8")
     return ids
 
 

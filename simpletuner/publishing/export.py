@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.atomic import files_into
-from simpletuner.families._base import ModelFamily
-from simpletuner.families._source import Json
+from simpletuner.families._base import ModelFamily, Part
+from simpletuner.families._source import Json, ModelSource
 
 
 def write_lora(
@@ -47,6 +47,17 @@ def write_network(folder: Path, module: nn.Module) -> None:
         half = nn.Module.to(diffusers_class.from_config(_diffusers(module).config), torch.float16)
         half.load_state_dict({name: value.to("cpu", torch.float16) for name, value in module.state_dict().items()})
         _diffusers(half).save_pretrained(temporary, safe_serialization=True, variant="fp16")
+
+
+def whole_pipeline(family: ModelFamily, source: ModelSource, network: nn.Module, scheduler: Any) -> Any:  # diffusers'
+    """Returns the stock pipeline of a network with its model's own VAE and text encoders, these in float32 on the CPU.
+
+    transformers loads its models as they were saved, and diffusers all others in float32: what is saved in another
+    dtype is mixed up; and families refuse to encode in float16.
+    """
+    parts = frozenset[Part]({"vae", "text"})
+    encoders: Any = family.load_encoders(source, torch.device("cpu"), torch.float32, parts)  # Any: the family's own
+    return family.pipeline(network, scheduler, encoders.vae, encoders)
 
 
 def write_pipeline(folder: Path, pipeline: Any) -> Path:  # Any: a diffusers pipeline

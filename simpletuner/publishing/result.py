@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from simpletuner.atomic import files_into
-from simpletuner.families._base import Part
 from simpletuner.plan import Plan
 from simpletuner.plan_view import plan_rows
-from simpletuner.publishing.export import write_lora, write_model, write_network, write_pipeline
+from simpletuner.publishing.export import whole_pipeline, write_lora, write_model, write_network, write_pipeline
 from simpletuner.publishing.model_card import CardFacts, card_text
 from simpletuner.training.adapters import adapter_metadata, adapter_state
 from simpletuner.training.build import Run
@@ -98,10 +97,7 @@ def _write_further(plan: Plan, run: Run, settings: SamplingSettings) -> Iterator
         write_network(folder / name, network)
         yield f"its {'average' if name == 'ema' else 'online weights'}: {folder / name}"
     if plan.config.publish.export_pipeline:
-        # In float32, because transformers loads its models as they were saved, and diffusers all others in float32.
-        parts = frozenset[Part]({"vae", "text"})
-        encoders: Any = run.family.load_encoders(run.source, torch.device("cpu"), torch.float32, parts)  # Any: its own
-        pipeline = run.family.pipeline(result, settings.scheduler, encoders.vae, encoders)
+        pipeline = whole_pipeline(run.family, run.source, result, settings.scheduler)
         yield f"a pipeline of its own: {write_pipeline(folder, pipeline)}"
 
 

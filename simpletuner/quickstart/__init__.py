@@ -18,9 +18,7 @@ _MARK = "scores.json"
 def prepare() -> Path:
     """Draws the pictures and lays out the model where they are missing; returns the path of the example's config."""
     from simpletuner.quickstart.drawing import draw
-    from simpletuner.quiet import quieten_libraries
 
-    quieten_libraries()
     draw(FOLDER / "pictures", _NUM_PICTURES)
     _lay_out(FOLDER / "teacher")
     return config_path()

@@ -1,6 +1,8 @@
 """The pictures of the quickstart's scenes."""
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from simpletuner.quickstart.palette import PERIOD_PX, tones
 from simpletuner.quickstart.scenes import Background, Scene, Thing, make_scene
 from simpletuner.quickstart.shapes import outlines
 from simpletuner.quickstart.vocabulary import COLORS
+
+Size = tuple[int, int]
 
 _VERSION = 2
 _MARKER = ".scenes.json"
@@ -45,6 +49,16 @@ def draw(folder: Path, count: int = 300, seed: int = 0) -> Path:
 def are_scenes(folder: Path | None) -> bool:
     """Returns whether a folder's pictures were drawn here."""
     return folder is not None and (folder / _MARKER).is_file()
+
+
+def batches_of_one_size(sizes: Iterable[Size], batch_size: int) -> Iterator[tuple[Size, list[int]]]:
+    """Yields (width, height) and the places of at most ``batch_size`` pictures of it, until each place came once."""
+    by_size: dict[Size, list[int]] = defaultdict(list)
+    for place, size in enumerate(sizes):
+        by_size[size].append(place)
+    for size, places in by_size.items():
+        for start in range(0, len(places), batch_size):
+            yield size, places[start : start + batch_size]
 
 
 def render(scene: Scene) -> Image.Image:

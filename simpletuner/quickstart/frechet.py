@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from simpletuner.quickstart.drawing import batches_of_one_size
+
 _WIDTHS = (16, 24, 32)
 """Filters of the three stages, each at half the resolution of the one before."""
 _SEED = 0
@@ -50,7 +52,11 @@ def frechet_distance(first: Sequence[Image.Image], second: Sequence[Image.Image]
 
 def moments(pictures: Sequence[Image.Image]) -> Moments:
     """Returns mean and covariance of the features of at least two pictures, in any order."""
-    values = features(pictures)
+    return moments_of(features(pictures))
+
+
+def moments_of(values: Tensor) -> Moments:
+    """Returns mean and covariance of [N, D] features."""
     return Moments(values.mean(0), torch.cov(values.T))
 
 
@@ -71,17 +77,12 @@ def _root(matrix: Tensor) -> Tensor:
 
 def features(pictures: Sequence[Image.Image]) -> Tensor:
     """Returns [N, D] float64 features of RGB pictures of any sizes, in their order."""
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for index, picture in enumerate(pictures):
-        by_size.setdefault(picture.size, []).append(index)
     kernels = _kernels()
     rows: dict[int, Tensor] = {}
     with torch.inference_mode():
-        for indices in by_size.values():
-            for start in range(0, len(indices), _BATCH_SIZE):
-                batch = indices[start : start + _BATCH_SIZE]
-                pixels = torch.stack([_tensor(pictures[index]) for index in batch])
-                rows.update(zip(batch, _pooled(kernels, pixels), strict=True))
+        for _, batch in batches_of_one_size([picture.size for picture in pictures], _BATCH_SIZE):
+            pixels = torch.stack([_tensor(pictures[index]) for index in batch])
+            rows.update(zip(batch, _pooled(kernels, pixels), strict=True))
     return torch.stack([rows[index] for index in range(len(pictures))])
 
 

@@ -122,3 +122,9 @@ def test_what_cannot_be_judged_is_said(project: Project, scenes: Project, tmp_pa
     project.use_pictures(pictures, tmp_path / "cache")
     with pytest.raises(UserError, match="no dataset has drawn scenes"):
         evaluate(look_ahead(load(project.write())), [project.output], 4, silent)
+
+
+def test_a_run_that_could_not_be_judged_is_told_so_before_it_trains(project: Project):
+    with pytest.raises(UserError, match="in a config of your own leave evaluation_prompts out"):
+        project.train(evaluation_prompts=4)
+    assert not (project.output / "metrics.jsonl").exists()

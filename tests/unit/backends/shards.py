@@ -61,6 +61,21 @@ def scanned(dataset: DatasetConfig) -> Manifest:
     return read_captions(scan(dataset))
 
 
+def write_three_shards(folder: Path, further: Mapping[str, str | bytes] | None = None) -> Path:
+    """Writes 13 samples (nine squares, four wide ones) and a truncated wide one below a folder, and returns it.
+
+    Args:
+        folder: Gets the shards a, b and c in ``shards``.
+        further: More members of the last shard.
+    """
+    write_shard(folder / "shards" / "a.tar", samples(0, 5, (64, 64)))
+    write_shard(folder / "shards" / "b.tar", samples(5, 4, (64, 64)) | samples(9, 2, (128, 64)))
+    broken = image_bytes((128, 64), 99)
+    cut = {"99.png": broken[: len(broken) // 2], "99.txt": "cut"}
+    write_shard(folder / "shards" / "c.tar", samples(11, 2, (128, 64)) | cut | dict(further or {}))
+    return folder
+
+
 def by_id(manifest: Manifest) -> dict[str, list[str]]:
     """Returns image id -> captions."""
     return dict(zip(manifest.ids, manifest.captions, strict=True))

@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +7,15 @@ from simpletuner.backends._base import NotFetched, open_backend
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError
 from simpletuner.data.manifest import scan
-from tests.unit.backends.shards import Server, by_id, image_bytes, scanned, served
+from tests.unit.backends.shards import Server, by_id, image_bytes, scanned
 from tests.unit.data.support import dataset
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr("simpletuner.backends._download.time.sleep", lambda _seconds: None)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "remote").mkdir()
+def server(server: Server) -> Server:
     for number in range(4):
-        (tmp_path / "remote" / f"{number}.png").write_bytes(image_bytes(seed=number))
-    with served(tmp_path / "remote") as made:
-        yield made
+        (server.folder / f"{number}.png").write_bytes(image_bytes(seed=number))
+    return server
 
 
 def listed(root: Path, *rows: str, header: str = "url,caption", **options: Any) -> DatasetConfig:

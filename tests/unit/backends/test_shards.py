@@ -1,7 +1,6 @@
 """Which shards a name means, and how those from elsewhere come into the cache."""
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,7 @@ from simpletuner.backends._shards import PIPE_SWITCH, Shard
 from simpletuner.config.errors import UserError
 from simpletuner.data.captions import read_captions
 from simpletuner.data.manifest import scan
-from tests.unit.backends.shards import Server, by_id, image_bytes, samples, scanned, served, shards, write_shard
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr("simpletuner.backends._download.time.sleep", lambda _seconds: None)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "remote").mkdir()
-    with served(tmp_path / "remote") as made:
-        yield made
+from tests.unit.backends.shards import Server, by_id, image_bytes, samples, scanned, shards, write_shard
 
 
 def test_shards_by_range_list_and_glob_each_once(tmp_path: Path):

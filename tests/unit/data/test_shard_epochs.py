@@ -12,7 +12,7 @@ from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.identity import Encoding, Ranks
 from simpletuner.data.precompute import precompute, prepare
 from simpletuner.data.sampler import Position
-from tests.unit.backends.shards import image_bytes, samples, shards, write_shard
+from tests.unit.backends.shards import shards, write_three_shards
 from tests.unit.data.support import CountingFamily, add_image, dataset, text_cache
 
 NUM_SAMPLES = 13
@@ -21,13 +21,7 @@ BATCHES = 5 + 2  # of two: nine squares and four wide ones; two more images are 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    write_shard(tmp_path / "shards" / "a.tar", samples(0, 5, (64, 64)))
-    write_shard(tmp_path / "shards" / "b.tar", samples(5, 4, (64, 64)) | samples(9, 2, (128, 64)))
-    broken = image_bytes((128, 64), 99)
-    members = samples(11, 2, (128, 64)) | {"99.png": broken[: len(broken) // 2], "99.txt": "cut"}
-    members |= {"100.txt": "no image", "101.png": b"no image", "101.txt": "x"}
-    write_shard(tmp_path / "shards" / "c.tar", members)
-    return tmp_path
+    return write_three_shards(tmp_path, {"100.txt": "no image", "101.png": b"no image", "101.txt": "x"})
 
 
 def build(root: Path, rank: int = 0, world: int = 1, batch: int = 2) -> CachedDataset:

@@ -18,7 +18,7 @@ from simpletuner.data.identity import Encoding, Ranks
 from simpletuner.data.manifest import strings
 from simpletuner.data.precompute import outstanding, precompute, prepare
 from simpletuner.data.sampler import Position
-from tests.unit.backends.shards import image_bytes, samples, scanned, shards, write_shard
+from tests.unit.backends.shards import scanned, shards, write_three_shards
 from tests.unit.data.support import CountingFamily, add_image, dataset, text_cache
 
 LIVE = {"vae_cache_disable": True, "text_cache_disable": True}
@@ -28,12 +28,7 @@ BATCHES = 5 + 3  # of two: nine squares; four wide ones and a broken one
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    write_shard(tmp_path / "shards" / "a.tar", samples(0, 5, (64, 64)))
-    write_shard(tmp_path / "shards" / "b.tar", samples(5, 4, (64, 64)) | samples(9, 2, (128, 64)))
-    broken = image_bytes((128, 64), 99)
-    members = samples(11, 2, (128, 64)) | {"99.png": broken[: len(broken) // 2], "99.txt": "cut"}
-    write_shard(tmp_path / "shards" / "c.tar", members)
-    return tmp_path
+    return write_three_shards(tmp_path)
 
 
 def build(
