@@ -3,9 +3,10 @@
 
 python = $$(bash venv.sh dev)
 
+# A process for each core, up to 8, with one thread each; the tests of a file share its fixtures.
 test:
 	@bash venv.sh dev >/dev/null
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest -q
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 lint:
 	@bash venv.sh dev >/dev/null
