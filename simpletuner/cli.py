@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -170,8 +170,24 @@ def main() -> None:
     try:
         app()
     except SaidElsewhere:
-        sys.exit(2)
+        _leave(2)
     except UserError as error:
         if rank == 0:  # the other ranks make the same mistake
             print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
+    except SystemExit as ended:  # typer's way to return
+        _leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process; one of several without the interpreter's own end.
+
+    A thread of gloo (torch 2.13) that lets go of a tensor takes Python's lock for it. When the interpreter is ending,
+    Python ends that thread instead, and C++ aborts the process: status 134 in up to one start of two.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -15,10 +15,7 @@ _LOG = logging.getLogger(__name__)
 
 @contextmanager
 def closing(accelerator: Accelerator) -> Generator[None]:
-    """Ends the group of processes at the end of the context, also where a mistake ends it.
-
-    gloo's threads abort a process that exits while they run: seen in one start of seven, with status 134.
-    """
+    """Ends the group of processes at the end of the context, also where a mistake ends it."""
     try:
         yield
     except (UserError, SaidElsewhere):
