@@ -19,7 +19,9 @@ from simpletuner.data.precompute import Cache, precompute, prepare
 from simpletuner.data.summary import summarise
 from simpletuner.evaluation.evaluate import evaluate, require_scenes
 from simpletuner.hooks.caching import CachingProgress
+from simpletuner.hooks.profiling import ProfilingHook
 from simpletuner.hooks.progress import ProgressHook
+from simpletuner.hooks.throughput import ThroughputHook
 from simpletuner.hooks.tracking import Trackers, start_trackers
 from simpletuner.hooks.uploading import CheckpointUpload
 from simpletuner.hooks.validation import make_validation
@@ -34,6 +36,7 @@ from simpletuner.training.build import Run, build, make_accelerator
 from simpletuner.training.checkpoint import Loaded
 from simpletuner.training.lr_schedulers import learning_rate
 from simpletuner.training.meeting import Meeting, closing
+from simpletuner.training.meter import StepMeter, peak_tflops
 from simpletuner.training.state import TrainState
 from simpletuner.training.trainer import Hook, LoopSettings, Trainer
 
@@ -215,9 +218,11 @@ def _trainer(prepared: _Prepared, run: Run, cache: Cache, state: TrainState) -> 
     if main:
         metrics.truncate(rows_path, state.step)
     settings = plan.config.run
-    hooks: list[Hook] = [ProgressHook(plan.max_steps, plan.effective_batch)] if main else []
+    hooks: list[Hook] = [ProgressHook(plan.max_steps, plan.effective_batch), ThroughputHook()] if main else []
     if plan.validation.prompts:
         hooks.append(make_validation(plan, run, cache, trackers.pictures))
+    if main and settings.profile_steps:
+        hooks.append(ProfilingHook(settings.profile_steps, output_dir))
     if prepared.hub is not None and plan.config.publish.push_checkpoints_to_hub:
         hooks.append(CheckpointUpload(plan, run, prepared.hub))
 
@@ -241,6 +246,11 @@ def _trainer(prepared: _Prepared, run: Run, cache: Cache, state: TrainState) -> 
         hooks,
         save_checkpoint=partial(resume.save, plan, run),
         write_rows=write_rows,
+        meter=StepMeter(
+            run.accelerator.device,
+            peak_tflops(run.accelerator.device, plan.compute_dtype),
+            is_compiled=settings.dynamo_backend != "no",
+        ),
     )
 
 

@@ -112,6 +112,9 @@ class RunSection(Section):
     )
     disable_benchmark: bool = setting(False, "free", "Do not sample the base model before training, for comparison.")
     logging_steps: int = setting(10, "free", "Steps between two readings of the metrics from the device.", ge=1)
+    profile_steps: int = setting(
+        0, "free", "Steps to trace with torch's profiler, after two to settle; the trace is a file in output_dir.", ge=0
+    )
 
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod

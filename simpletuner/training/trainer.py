@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from simpletuner.data.sampler import Position
 from simpletuner.distillers._base import Draw
 from simpletuner.randomness import Randomness
 from simpletuner.training.build import Run
+from simpletuner.training.meter import StepMeter
 from simpletuner.training.metrics import MetricsBuffer, Row
 from simpletuner.training.state import StopRequest, TrainState
 
@@ -65,6 +65,7 @@ class Trainer:
         hooks: Sequence[Hook],
         save_checkpoint: Callable[[TrainState], None],
         write_rows: Callable[[Sequence[Row]], None],
+        meter: StepMeter,
     ) -> None:
         self.run = run
         self.settings = settings
@@ -74,8 +75,7 @@ class Trainer:
         self._write_rows = write_rows
         self._randomness = Randomness(settings.seed)
         self._metrics = MetricsBuffer()
-        self._since = time.perf_counter()
-        self._samples_then = state.samples
+        self._meter = meter
 
     def train(self) -> TrainState:
         """Returns the state after the last step of this process."""
@@ -83,7 +83,7 @@ class Trainer:
         for hook in self.hooks:
             hook.on_start(state)
         batches = self.run.dataset.batches(state.position)
-        self._since = time.perf_counter()
+        self._meter.start()
         with StopRequest() as stop:
             while not state.finished and state.stopped_by is None:
                 self._optimizer_step(batches)
@@ -91,13 +91,12 @@ class Trainer:
                 saves = state.finished or state.stopped_by is not None
                 saves = saves or _is_due(state.step, self.settings.checkpoint_step_interval)
                 row = self._flush() if saves or _is_due(state.step, self.settings.logging_steps) else None
-                paused = time.perf_counter()
-                if saves:
-                    self._save_checkpoint(state)
-                if state.stopped_by is None:
-                    for hook in self.hooks:
-                        hook.on_step(state, row)
-                self._since += time.perf_counter() - paused
+                with self._meter.pausing():
+                    if saves:
+                        self._save_checkpoint(state)
+                    if state.stopped_by is None:
+                        for hook in self.hooks:
+                            hook.on_step(state, row)
         for hook in self.hooks:
             hook.on_end(state)
         return state
@@ -105,14 +104,18 @@ class Trainer:
     def _optimizer_step(self, batches: Iterator[tuple[Batch, Position]]) -> None:
         """Makes one optimizer step of every role whose turn it is, from one window of micro-batches."""
         state, run = self.state, self.run
-        window = [self._next(batches) for _ in range(self.settings.gradient_accumulation_steps)]
+        with self._meter.waiting():
+            window = [self._next(batches) for _ in range(self.settings.gradient_accumulation_steps)]
+        num_samples = int(sum(batch.global_weight for batch, _ in window))
         # Modules' own randomness (lora_dropout) is the one draw that no sample position can seed.
         torch.manual_seed(_step_seed(self.settings.seed, state.step, run.accelerator.process_index))
         metrics: dict[str, Tensor | float] = {}
-        for role in run.distiller.updates(state.step):
-            metrics |= self._update(role, window)
+        roles = run.distiller.updates(state.step)
+        with self._meter.step((roles, *(tuple(batch.mean.shape) for batch, _ in window)), num_samples):
+            for role in roles:
+                metrics |= self._update(role, window)
         state.step += 1
-        state.samples += int(sum(batch.global_weight for batch, _ in window))
+        state.samples += num_samples
         for average in run.averages.values():
             average.update()
         run.distiller.after_step(state.step)
@@ -174,10 +177,8 @@ class Trainer:
             UserError: The loss is not finite any more, so that going on (or saving) would be worthless.
         """
         waiting = self._metrics.flush(self.run.sum_over_ranks)
-        now, samples = time.perf_counter(), self.state.samples
-        rate = (samples - self._samples_then) / (now - self._since)
-        self._since, self._samples_then = now, samples
-        rows = [{**row, "samples_per_second": rate} for row in waiting]
+        rates = self._meter.read()
+        rows = [{**row, **rates} for row in waiting]
         self._write_rows(rows)
         for row in rows:
             if not all(math.isfinite(value) for name, value in row.items() if name.endswith("loss")):

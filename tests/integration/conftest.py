@@ -23,8 +23,8 @@ from simpletuner.training.build import Run, build, make_accelerator
 from simpletuner.training.state import TrainState
 from tests.tiny import image_folder
 
-TIMING = "samples_per_second"
-"""The one number of a row that no two runs share."""
+TIMING = ("samples_per_second", "tflops_per_second", "data_wait", "peak_memory_gib")
+"""The numbers of a row that no two runs share."""
 
 SETTINGS: Mapping[str, Any] = {
     "model_family": "sdxl",
@@ -102,7 +102,7 @@ class Project:
     def rows(self) -> list[metrics.Row]:
         """Returns the rows of metrics.jsonl without what depends on the clock."""
         rows = metrics.read(self.output / metrics.FILE_NAME)
-        return [{key: value for key, value in row.items() if key != TIMING} for row in rows]
+        return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
 
     def at(self, folder: Path) -> "Project":
         """Returns the same project in another folder, where nothing is written yet."""

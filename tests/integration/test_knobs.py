@@ -1,11 +1,14 @@
 """Options that must reach the step: each changes just what it says."""
 
+import gzip
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from simpletuner.training import metrics
 from tests.integration.conftest import Project
 
 
@@ -50,3 +53,21 @@ def test_allow_tf32(project: Project, allowed: bool):
 def test_max_train_samples(project: Project):
     run = project.build(max_train_samples=2)
     assert [dataset.num_samples for dataset in run.dataset.sampler.datasets] == [2]
+
+
+def test_some_steps_are_traced_and_the_trace_names_the_operators(project: Project):
+    project.train(max_train_steps=5, profile_steps=2)
+    (path,) = project.output.glob("trace-*.json.gz")
+    assert path.name == "trace-000004.json.gz"
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    optimizer_steps = [event for event in events if str(event.get("name")).startswith("Optimizer.step")]
+    assert len(optimizer_steps) == 2
+
+
+def test_rows_tell_the_arithmetic_and_the_memory(project: Project):
+    project.train()
+    for row in metrics.read(project.output / metrics.FILE_NAME):
+        assert row["tflops_per_second"] > 0
+        assert 0 <= row["data_wait"] <= 1
+        assert 0.1 < row["peak_memory_gib"] < 24

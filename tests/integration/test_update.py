@@ -17,6 +17,7 @@ from simpletuner.config.errors import UserError
 from simpletuner.data.sampler import Position
 from simpletuner.randomness import Randomness
 from simpletuner.training.build import Run
+from simpletuner.training.meter import StepMeter
 from simpletuner.training.metrics import Row
 from simpletuner.training.state import TrainState
 from simpletuner.training.trainer import LoopSettings, Trainer
@@ -44,6 +45,7 @@ class Bench:
     run: Run
     batch: Batch
     written: list[Row] = field(default_factory=list[Row])
+    meter: StepMeter = field(default_factory=lambda: StepMeter(torch.device("cpu")))
 
     def step(self, window: Sequence[Batch], **settings: Any) -> tuple[list[Tensor], Row]:
         """Returns the gradients and the row of one optimizer step over a window of micro-batches."""
@@ -58,7 +60,7 @@ class Bench:
             **defaults | settings,
         )
         run = replace(self.run, learners={"student": learner})
-        trainer = Trainer(run, numbers, TrainState(9), [], lambda state: None, self.written.extend)
+        trainer = Trainer(run, numbers, TrainState(9), [], lambda state: None, self.written.extend, self.meter)
         trainer._optimizer_step(iter([(batch, NOWHERE) for batch in window]))
         row = trainer._flush()
         assert row is not None
