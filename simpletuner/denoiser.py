@@ -134,18 +134,25 @@ def adapter_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if hasattr(m, "_disable_adapters") and hasattr(m, "_active_adapter")]
 
 
-def checkpoint_with_adapters(module: nn.Module) -> Callable[..., Any]:  # Any: what the checkpointed block returns
+def checkpoint_with_adapters(module: nn.Module, interval: int = 1) -> Callable[..., Any]:  # Any: what a block returns
     """Returns a ``gradient_checkpointing_func`` for diffusers whose recomputation uses the adapters of its forward.
 
     A plain checkpoint recomputes a block with the adapters as they are during backward: if a teacher has switched them
     off since, the gradients are silently wrong.
+
+    Args:
+        module: The network, with its adapters.
+        interval: Of the blocks, in the order of their first forward, each so many-th is recomputed.
     """
     layers = adapter_layers(module)
+    numbers: dict[Callable[..., Any], int] = {}
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _adapters_as(layers, _adapter_states(layers))
 
     def run(block: Callable[..., Any], *args: Any) -> Any:
+        if numbers.setdefault(block, len(numbers)) % interval:
+            return block(*args)
         return cast(Any, checkpoint)(block, *args, use_reentrant=False, context_fn=contexts)
 
     return run

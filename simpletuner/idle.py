@@ -7,7 +7,16 @@ from simpletuner.config.schema import Config, inert_options
 _Rule = tuple[tuple[str, ...], Callable[[Config, bool], bool], str]
 """Keys, when they are idle (config, whether pictures are guided), and why."""
 
-_ADAPTER = ("lora_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_init_type", "use_dora", "init_lora")
+_ADAPTER = (
+    "lora_type",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_init_type",
+    "use_dora",
+    "use_rslora",
+    "init_lora",
+)
 _RULES: tuple[_Rule, ...] = (
     (
         (*_ADAPTER, "peft_lora_target_modules"),
@@ -33,6 +42,11 @@ _RULES: tuple[_Rule, ...] = (
         ("noise_offset",),
         lambda config, _: not config.objective.offset_noise,
         "offset_noise is off",
+    ),
+    (
+        ("gradient_checkpointing_interval",),
+        lambda config, _: not config.model.gradient_checkpointing,
+        "gradient_checkpointing is off",
     ),
     (
         ("lr_end",),

@@ -20,7 +20,7 @@ from simpletuner.data.identity import Encoding
 from simpletuner.data.precompute import Outstanding, outstanding
 from simpletuner.data.summary import DatasetSummary
 from simpletuner.distillers._base import Defaults, Distiller, ModelType, RunFacts, Setting
-from simpletuner.families._base import Facts, ModelFamily, lora_modules, lora_num_parameters
+from simpletuner.families._base import LORA_PRESETS, Facts, ModelFamily, lora_modules, lora_num_parameters
 from simpletuner.families._source import ModelSource
 from simpletuner.idle import idle_settings
 from simpletuner.optimizers._base import OptimizerPlugin
@@ -347,6 +347,8 @@ def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]
     """Returns the adapter: its targets are the user's, else the method's, else the family's."""
     lora = config.lora
     targets = lora.peft_lora_target_modules or defaults.lora_targets or chosen.family.lora_targets
+    if len(targets) == 1:
+        targets = LORA_PRESETS.get(targets[0], targets)
     rank = lora.lora_rank
     if "lora_rank" not in config.explicit and defaults.lora_rank is not None:
         rank = defaults.lora_rank
@@ -361,13 +363,15 @@ def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]
         "init_lora_weights": "gaussian" if lora.lora_init_type == "gaussian" else True,
         "target_modules": list(targets),
         "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
     }
     if chosen.facts.shapes is None:
         return LoraPlan(settings, None, None)
     modules = lora_modules(chosen.facts.shapes, targets)
     unmatched = [target for target in targets if not lora_modules(chosen.facts.shapes, [target])]
     if not modules:
-        raise UserError(f"peft_lora_target_modules: no layer of the model is named {', '.join(targets)}")
+        presets = f"presets are {', '.join(LORA_PRESETS)}"
+        raise UserError(f"peft_lora_target_modules: no layer of the model is named {', '.join(targets)}; {presets}")
     if unmatched and lora.peft_lora_target_modules:
         notices.append(f"peft_lora_target_modules: no layer of the model is named {', '.join(unmatched)}")
     return LoraPlan(settings, len(modules), lora_num_parameters(modules, rank))

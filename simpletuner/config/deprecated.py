@@ -89,7 +89,7 @@ _TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
         "xformers enable_xformers_memory_efficient_attention"
     ),
     ("notice", _MEMORY): (
-        "gradient_checkpointing_interval gradient_checkpointing_backend optimizer_cpu_offload_method "
+        "gradient_checkpointing_backend optimizer_cpu_offload_method "
         "optimizer_offload_gradients optimizer_release_gradients fuse_optimizer enable_group_offload "
         "group_offload_type group_offload_blocks_per_group group_offload_use_stream group_offload_to_disk_path "
         "offload_param_path accelerator_cache_clear_interval enable_chunked_feed_forward feed_forward_chunk_size "

@@ -60,6 +60,9 @@ class ModelSection(Section):
     gradient_checkpointing: bool = setting(
         True, "free", "Recompute activations in the backward pass: less memory, about 20 % more time."
     )
+    gradient_checkpointing_interval: int = setting(
+        1, "free", "Recompute each so many-th block only: more memory, less time.", ge=1
+    )
     single_file_config: str | None = setting(
         None,
         "free",
@@ -156,13 +159,19 @@ class LoraSection(Section):
     lora_alpha: float | None = setting(
         None, "must_match", "The adapter is scaled by lora_alpha / lora_rank. Default: lora_rank.", gt=0
     )
+    use_rslora: bool = setting(
+        False, "must_match", "Scale the adapter by lora_alpha / sqrt(lora_rank), for high ranks (rsLoRA)."
+    )
     lora_dropout: float = setting(0.0, "may_change", "Dropout before the adapter.", ge=0, lt=1)
     lora_init_type: Literal["default", "gaussian"] = setting(
         "default", "free", "How a new adapter starts. Both start as the unchanged base model."
     )
     use_dora: bool = setting(False, "must_match", "Train magnitude and direction of the weights apart (DoRA).")
     peft_lora_target_modules: tuple[str, ...] | None = setting(
-        None, "must_match", "Names of the layers to adapt: a list. Default: what the family and the method advise."
+        None,
+        "must_match",
+        "Names of the layers to adapt: a list, or a preset: attention, attention-ff, lcm (those of the published "
+        "LCM-LoRAs). Default: what the family and the method advise.",
     )
     lora_format: Literal["diffusers", "kohya", "comfyui"] = setting(
         "diffusers",

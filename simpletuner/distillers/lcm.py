@@ -35,6 +35,7 @@ from simpletuner.distillers._base import (
 )
 from simpletuner.distillers._edges import EDGES, EdgePolicy, Edges
 from simpletuner.distillers._solvers import SOLVERS, SolverName
+from simpletuner.families._base import LORA_PRESETS
 from simpletuner.randomness import Randomness
 from simpletuner.schedules import CLEAN_EDGE, DiscreteSchedule, NoiseSchedule
 
@@ -121,7 +122,7 @@ class LCM(Distiller):
         """
         guidance = (config.w_min + config.w_max) / 2 + 1 if model_type == "full" else 0.0
         return Defaults(
-            LORA_TARGETS,
+            LORA_PRESETS["lcm"],
             lora_rank=64,
             validation_num_inference_steps=config.edges.num_inference_steps,
             validation_guidance=guidance,
@@ -308,23 +309,5 @@ def _notices(config: LCMConfig, facts: RunFacts) -> list[str]:
 
 _LEAST_COVERAGE = 0.9
 """Least part of the training timesteps that the grid must cover: sampling starts at its top with pure noise."""
-
-LORA_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
-"""Targets of the published LCM-LoRAs: 196.8M parameters at rank 64 on SDXL, 67.3M on SD 1.5."""
 
 PLUGIN = LCM

@@ -44,6 +44,18 @@ class Facts:
     """What is unknown, and why: lines for the plan."""
 
 
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+LORA_PRESETS: Mapping[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention-ff": (*_ATTENTION, *_FEED_FORWARD),
+    "lcm": (*_ATTENTION, "proj_in", "proj_out", *_FEED_FORWARD, *_CONVOLUTIONS),
+}
+"""Names that stand for lists of layers. lcm: of the published LCM-LoRAs, 196.8M parameters at rank 64 on SDXL, 67.3M on
+SD 1.5."""
+
+
 def lora_modules(shapes: Mapping[str, tuple[int, ...]], targets: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Returns module name -> weight shape of the layers that peft adapts for a list of target names.
 

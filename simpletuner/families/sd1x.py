@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import Cond
 from simpletuner.families import _clip_encoders, _lora_file, _unet
-from simpletuner.families._base import Facts, Part, PredictionType
+from simpletuner.families._base import LORA_PRESETS, Facts, Part, PredictionType
 from simpletuner.families._clip_encoders import ClipEncoders
 from simpletuner.families._layout import BETAS, Layout
 from simpletuner.families._source import Json, ModelSource
@@ -61,7 +61,7 @@ class SD1X:
     pipeline_class: str = _SD1.pipeline
     usual_sampling: tuple[int, float] = (30, 7.5)
     guidance_range: tuple[float, float] = (5.0, 15.0)
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = LORA_PRESETS["attention"]
 
     def facts(self, source: ModelSource) -> Facts:
         """Returns what headers and JSON files tell about the model."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from simpletuner.batch import Cond
 from simpletuner.config.errors import UserError
 from simpletuner.families import _clip_encoders, _lora_file, _unet
-from simpletuner.families._base import Facts, Part, PredictionType
+from simpletuner.families._base import LORA_PRESETS, Facts, Part, PredictionType
 from simpletuner.families._clip_encoders import ClipEncoders
 from simpletuner.families._layout import BETAS, Layout
 from simpletuner.families._source import Json, ModelSource
@@ -56,7 +56,7 @@ class SDXL:
     pipeline_class: str = _LAYOUT.pipeline
     usual_sampling: tuple[int, float] = (30, 5.0)
     guidance_range: tuple[float, float] = (3.0, 15.0)
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = LORA_PRESETS["attention"]
 
     def facts(self, source: ModelSource) -> Facts:
         """Returns what headers and JSON files tell about the model."""

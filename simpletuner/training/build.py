@@ -174,7 +174,8 @@ def _networks(plan: Plan, device: torch.device) -> tuple[nn.Module, nn.Module, n
     student.train()
     if plan.config.model.gradient_checkpointing:
         network: Any = student  # Any: diffusers' own base class, which would import diffusers here
-        network.enable_gradient_checkpointing(checkpoint_with_adapters(student))
+        interval = plan.config.model.gradient_checkpointing_interval
+        network.enable_gradient_checkpointing(checkpoint_with_adapters(student, interval))
     choose_attention((student, teacher, target), plan.config.model.attention_mechanism)
     compile_networks((student, teacher, target), plan.config.run.dynamo_backend)
     return student, teacher, target

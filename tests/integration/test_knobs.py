@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from simpletuner.config.errors import UserError
+from simpletuner.config.load import load
+from simpletuner.planning import look_ahead
 from simpletuner.training import metrics
 from tests.integration.conftest import Project
+from tests.integration.test_lora_round_trip import ATTENTION
 
 
 def losses(project: Project, folder: Path, **changes: object) -> list[object]:
@@ -71,3 +75,11 @@ def test_rows_tell_the_arithmetic_and_the_memory(project: Project):
         assert row["tflops_per_second"] > 0
         assert 0 <= row["data_wait"] <= 1
         assert 0.1 < row["peak_memory_gib"] < 24
+
+
+def test_a_preset_names_the_layers(project: Project):
+    plan = look_ahead(load(project.write(peft_lora_target_modules="attention-ff")))
+    assert plan.lora is not None
+    assert set(plan.lora.settings["target_modules"]) == {*ATTENTION, "ff.net.0.proj", "ff.net.2"}
+    with pytest.raises(UserError, match="named atention; presets are attention, attention-ff, lcm"):
+        look_ahead(load(project.write(peft_lora_target_modules=["atention"])))

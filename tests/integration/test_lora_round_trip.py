@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from simpletuner import registry
+from simpletuner.denoiser import adapter_layers
 from simpletuner.families._base import lora_modules
 from simpletuner.families._source import ModelSource
 from simpletuner.publishing.export import write_lora
@@ -49,9 +50,11 @@ save_file({name: value.contiguous() for name, value in state.items()}, out)
 """
 
 
-@pytest.mark.parametrize("alpha", [4, 10])
+@pytest.mark.parametrize(("alpha", "use_rslora"), [(4, False), (10, False), (10, True)])
 @pytest.mark.parametrize(("name", "num_attention", "num_modules"), [("sdxl", 32, 79), ("sd1x", 32, 79)])
-def test_every_tensor_comes_back(tmp_path: Path, name: str, num_attention: int, num_modules: int, alpha: int):
+def test_every_tensor_comes_back(
+    tmp_path: Path, name: str, num_attention: int, num_modules: int, alpha: int, use_rslora: bool
+):
     from diffusers import LCMScheduler
     from safetensors.torch import save_file
 
@@ -75,7 +78,9 @@ def test_every_tensor_comes_back(tmp_path: Path, name: str, num_attention: int, 
         return family.forward(unet, inputs["x_t"], inputs["t"], cond, geometry)
 
     base = predict()
-    attach_lora(unet, {"r": 4, "lora_alpha": alpha, "target_modules": list(PUBLISHED)}, seed=0)
+    settings = {"r": 4, "lora_alpha": alpha, "use_rslora": use_rslora, "target_modules": list(PUBLISHED)}
+    attach_lora(unet, settings, seed=0)
+    assert {layer.scaling["default"] for layer in adapter_layers(unet)} == {alpha / (2 if use_rslora else 4)}
     state = adapter_state(unet)
     with torch.no_grad():
         for value in state.values():

@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ def test_checkpointing_of_a_forward_without_adapter() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=0)
 
 
-def test_diffusers_takes_the_checkpointing_function(tiny_model: Path) -> None:
+@pytest.mark.parametrize("interval", [1, 3])
+def test_diffusers_takes_the_checkpointing_function(tiny_model: Path, interval: int) -> None:
     """A real UNet: gradients with checkpointing, and the adapters switched off before backward, are the plain ones."""
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
@@ -201,9 +203,13 @@ def test_diffusers_takes_the_checkpointing_function(tiny_model: Path) -> None:
     x, tokens = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 7, 96, generator=generator)
     added = {"text_embeds": torch.zeros(1, 64).double(), "time_ids": torch.zeros(1, 6).double()}
     gradients: list[list[Tensor]] = []
+    num_forwards: Counter[str] = Counter()
+    for name, block in unet.named_modules():
+        if type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
+            block.register_forward_pre_hook(lambda *_, name=name: num_forwards.update([name]))
     for checkpointed in (False, True):
         if checkpointed:
-            unet.enable_gradient_checkpointing(checkpoint_with_adapters(unet))
+            unet.enable_gradient_checkpointing(checkpoint_with_adapters(unet, interval))
         unet.zero_grad()
         loss = unet(x.double(), 500, tokens.double(), added_cond_kwargs=added).sample.square().sum()
         for layer in adapter_layers(unet):
@@ -211,6 +217,9 @@ def test_diffusers_takes_the_checkpointing_function(tiny_model: Path) -> None:
         loss.backward()
         gradients.append([p.grad.clone() for p in unet.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 10
+    num_recomputed = sum(count == 3 for count in num_forwards.values())  # without, with, and again for the backward
+    num_checkpointed = len(num_forwards) - 1  # diffusers leaves the first one of the middle out
+    assert num_recomputed == -(-num_checkpointed // interval) > 2
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain.norm() > 0
         torch.testing.assert_close(recomputed, plain, rtol=1e-10, atol=1e-12)
