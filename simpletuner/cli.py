@@ -85,6 +85,38 @@ def dataset(
         print(line)
 
 
+@app.command()
+def init(
+    images: Annotated[Path, typer.Option(help="Folder with the images or shards.", prompt="Folder with your images")],
+    base: Annotated[
+        str, typer.Option(help="Base model: a hub id, a folder or a file.", prompt="Base model (hub id, folder, file)")
+    ] = "stabilityai/stable-diffusion-xl-base-1.0",
+    purpose: Annotated[
+        str, typer.Option("--for", help="lcm-lora, lcm-full, lora or full.", prompt="lcm-lora, lcm-full, lora or full")
+    ] = "lcm-lora",
+    memory: Annotated[
+        int, typer.Option(min=0, help="GiB of the GPU; 0: none.", prompt="GiB of the GPU (0: none)")
+    ] = 24,
+    output: Annotated[Path, typer.Option(help="Folder for the results.", prompt="Folder for the results")] = Path(
+        "output/run"
+    ),
+    to: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path("config"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+) -> None:
+    """Write config.json and multidatabackend.json for a new run; what is not given as an option is asked."""
+    from simpletuner.starting import answers, write
+
+    print(*write(answers(images, base, purpose, memory, output), to, force), sep="\n")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has for a run: versions, devices, disk, logins, optional packages; and what each means."""
+    from simpletuner.doctor import doctor_lines
+
+    print(*doctor_lines(Path.cwd(), os.environ), sep="\n")
+
+
 @app.command(context_settings=_OVERRIDES)
 def evaluate(
     context: typer.Context,
