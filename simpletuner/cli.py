@@ -1,4 +1,4 @@
-"""The command line: ``simpletuner train | plan | cache | dataset | evaluate | quickstart | convert-command``.
+"""The command line: ``simpletuner init | doctor | plan | train | cache | dataset | evaluate | quickstart | ...``.
 
 train, plan, cache, dataset and evaluate take ``--config PATH`` (a config.json or its folder) and overrides such as
 ``--max_train_steps 100``.

@@ -49,6 +49,8 @@ def variants() -> dict[str, dict[str, Any]]:
         "rate 1e-4": {"learning_rate": 1e-4},
         "rate 1e-3": {"learning_rate": 1e-3},
         "rate 1e-3, cosine": {"learning_rate": 1e-3, "lr_scheduler": "cosine"},
+        "N 20, w 4, rate 1e-3, cosine": lcm(num_ddim_timesteps=20, w_min=4.0, w_max=4.0)
+        | {"learning_rate": 1e-3, "lr_scheduler": "cosine"},
         "batch 16, 800 steps": {"train_batch_size": 16, "max_train_steps": 2 * NUM_STEPS},
         "batch 64, 200 steps": {"train_batch_size": 64, "max_train_steps": NUM_STEPS // 2},
         "l2": lcm(loss_type="l2"),
