@@ -1,5 +1,6 @@
 """Draws the validation prompts every so often, with the sampler that the method's users will use."""
 
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from simpletuner.atomic import files_into
 from simpletuner.batch import Cond
 from simpletuner.data.cache import digest
 from simpletuner.data.precompute import Cache
@@ -22,6 +24,7 @@ from simpletuner.training.sampling import SamplingSettings, base_dtype, base_set
 from simpletuner.training.state import TrainState
 
 _LOG = logging.getLogger(__name__)
+_NOTES = "columns.json"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class Column:
     def step(self) -> int:
         """Finished optimizer steps; 0 for the base model."""
         return int(self.folder.split("-")[1]) if self.folder.startswith("step-") else 0
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it shows the base model."""
+        return not self.folder.startswith("step-")
 
     @property
     def role(self) -> str:
@@ -182,6 +190,9 @@ class Validation:
     def _draw_column(self, column: Column) -> bool:
         """Draws this rank's share of a column's missing pictures; returns whether there were any."""
         run, folder = self._run, self._folder / column.folder
+        if run.accelerator.is_main_process:
+            self._note(column)
+        run.accelerator.wait_for_everyone()
         missing = [request for request in self._requests if not (folder / request.file_name).exists()]
         run.accelerator.wait_for_everyone()  # all have looked before one draws: else they would share different lists
         if missing:
@@ -196,6 +207,25 @@ class Validation:
                 _LOG.info("drew %d pictures in %.1f s: %s", len(missing), time.perf_counter() - started, folder)
         run.accelerator.wait_for_everyone()
         return bool(missing)
+
+    def _note(self, column: Column) -> None:
+        """Writes down how a column is drawn; removes what was drawn otherwise, save whole columns of finished steps."""
+        folder, how = self._folder / column.folder, column.settings.identity(self._negative_prompt)
+        noted = self._noted()
+        before = noted.get(column.folder, {}).get("how", how if not column.is_base else None)
+        whole = all((folder / request.file_name).exists() for request in self._requests)
+        if before != how:
+            if whole and not column.is_base:
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+        with files_into(self._folder) as made:
+            document = {**noted, column.folder: {"label": column.label, "how": how}}
+            (made / _NOTES).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
+
+    def _noted(self) -> dict[str, dict[str, str]]:
+        """Returns the label of each column that was drawn, and how it was: the config may say otherwise by now."""
+        path = self._folder / _NOTES
+        return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
 
     def _draw_one(self, column: Column, request: Request, vae: nn.Module, path: Path) -> None:
         cond = self._cache.prompt(request.prompt)
@@ -222,9 +252,10 @@ class Validation:
     def _write_sheet(self) -> None:
         steps = sorted({_step_of(folder) for folder in self._folder.glob("step-*")})
         columns = [*self._base_columns, *(column for step in steps for column in self._columns(step))]
+        noted = self._noted()
         write_contact_sheet(
             self._folder / "contact_sheet.png",
-            [(column.label, self._folder / column.folder) for column in columns],
+            [(noted.get(each.folder, {}).get("label", each.label), self._folder / each.folder) for each in columns],
             [(request.label, request.file_name) for request in self._requests],
         )
 

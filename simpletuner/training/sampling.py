@@ -1,5 +1,6 @@
 """Draws pictures with the stock diffusers pipeline of a family, from cached text features."""
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from PIL.Image import Image
 from torch import nn
 
 from simpletuner.batch import Cond
+from simpletuner.data.cache import digest
 from simpletuner.denoiser import adapters_off
 from simpletuner.distillers._base import own_scheduler
 from simpletuner.families._base import ModelFamily
@@ -28,6 +30,12 @@ class SamplingSettings:
     """As diffusers counts it; 0 and 1 both mean off."""
     options: Mapping[str, Any]  # Any: further arguments of the pipeline's call
     """Such as guidance_rescale."""
+
+    def identity(self, negative_prompt: str) -> str:
+        """Returns a digest of all of it, and of the negative prompt."""
+        scheduler = type(self.scheduler).__name__, dict(self.scheduler.config)
+        numbers = self.num_inference_steps, self.guidance_scale, dict(self.options), negative_prompt
+        return digest(json.dumps([scheduler, numbers], sort_keys=True, default=str))
 
 
 def student_settings(plan: Plan, run: Run) -> SamplingSettings:

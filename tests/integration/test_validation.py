@@ -134,3 +134,24 @@ def test_the_base_is_drawn_with_the_prediction_that_the_config_names(project: Pr
     other.train(prediction_type="v_prediction")
     (one,), (two,) = ((place.output / "validation" / "base").glob("*.png") for place in (project, other))
     assert one.read_bytes() != two.read_bytes()
+
+
+def test_pictures_of_other_settings_keep_their_label_and_the_base_is_drawn_anew(project: Project):
+    """As in the way from 8 to 4 steps: the config of a resumed run says another number of steps."""
+    few = {"validation_prompt": PROMPT, "validation_step_interval": 1}
+    project.train(**few, validation_num_inference_steps=3, max_train_steps=1)
+    root = project.output / "validation"
+
+    def picture(folder: str) -> bytes:
+        (path,) = (root / folder).glob("*.png")
+        return path.read_bytes()
+
+    before = {name: picture(name) for name in ("base", "base-few-steps", "step-000001")}
+    project.train(**few, validation_num_inference_steps=2, max_train_steps=2)
+    labels = {name: noted["label"] for name, noted in json.loads((root / "columns.json").read_text()).items()}
+    assert labels["step-000001"] == "step 1, 3 steps"
+    assert labels["step-000002"] == "step 2, 2 steps"
+    assert labels["base-few-steps"] == "base, 2 steps"
+    assert picture("base") == before["base"]
+    assert picture("step-000001") == before["step-000001"]
+    assert picture("base-few-steps") != before["base-few-steps"]
