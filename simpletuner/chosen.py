@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from simpletuner import registry
 from simpletuner.config.errors import Problems
 from simpletuner.config.schema import Config
+from simpletuner.config.sections import ModelSection
 from simpletuner.distillers._base import Distiller
 from simpletuner.families._base import Facts, ModelFamily
 from simpletuner.families._source import ModelSource
@@ -23,6 +24,18 @@ class Chosen:
     optimizer: OptimizerPlugin
 
 
+def source_of(model: ModelSection) -> ModelSource:
+    """Returns where the model of a config comes from."""
+    return ModelSource(
+        path=model.pretrained_model_name_or_path,
+        vae_path=model.pretrained_vae_model_name_or_path,
+        unet_path=model.pretrained_unet_model_name_or_path,
+        revision=model.revision,
+        variant=model.variant,
+        single_file_config=model.single_file_config,
+    )
+
+
 def choose(config: Config) -> Chosen:
     """Returns the plug-ins of a config; needs no data, so that the scan can wait for it.
 
@@ -31,14 +44,7 @@ def choose(config: Config) -> Chosen:
     """
     problems, model = Problems(), config.model
     method = config.distillation.distillation_method or "sft"
-    source = ModelSource(
-        path=model.pretrained_model_name_or_path,
-        vae_path=model.pretrained_vae_model_name_or_path,
-        unet_path=model.pretrained_unet_model_name_or_path,
-        revision=model.revision,
-        variant=model.variant,
-        single_file_config=model.single_file_config,
-    )
+    source = source_of(model)
     family = problems.attempt(lambda: registry.load("families", model.model_family, "model_family")().for_model(source))
     facts = problems.attempt(lambda: family.facts(source)) if family else None
     distiller = problems.attempt(lambda: registry.load("distillers", method, "distillation_method"))

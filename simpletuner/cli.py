@@ -1,4 +1,4 @@
-"""The command line: ``simpletuner init | doctor | plan | train | cache | dataset | evaluate | quickstart | ...``.
+"""The command line: ``simpletuner init | doctor | plan | train | sample | cache | dataset | evaluate | quickstart | ...``.
 
 train, plan, cache, dataset and evaluate take ``--config PATH`` (a config.json or its folder) and overrides such as
 ``--max_train_steps 100``.
@@ -83,6 +83,29 @@ def dataset(
 
     for line in dataset_lines(_read(context, config).datasets, Look(images, decode_all, output), CachingProgress()):
         print(line)
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a finished run.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
+    num_images: Annotated[int, typer.Option("--num-images", min=1, help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first; the next ones count on.")] = 42,
+    size: Annotated[str | None, typer.Option(help="Width x height, such as 1024x768. Default: the run's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the run's.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Default: the run's.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt; needs a guidance above 1.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the pictures. Default: samples in the run.")] = None,
+) -> None:
+    """Draw pictures with the result of a run, by the sampler that it was trained for."""
+    from simpletuner.quiet import quieten_libraries
+    from simpletuner.sample import Wishes
+    from simpletuner.sample import sample as draw
+
+    quieten_libraries()
+    wishes = Wishes(prompt, range(seed, seed + num_images), size, steps, guidance, negative)
+    for line in draw(run, wishes, output or run / "samples"):
+        print(line, flush=True)
 
 
 @app.command()

@@ -3,8 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from simpletuner.families._base import ModelFamily
+from simpletuner.families._source import ModelSource
+from simpletuner.plan import Plan
 from tests.tiny import image_folder, tiny_sdxl, tiny_single_file
+
+
+def base_of(plan: Plan) -> tuple[ModelFamily, ModelSource, torch.dtype]:
+    """Returns what a plan's base model is loaded by."""
+    return plan.family, plan.source, plan.weight_dtype
 
 
 @pytest.fixture(scope="session")

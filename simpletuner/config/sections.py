@@ -308,12 +308,12 @@ class ValidationSection(Section):
     @property
     def resolutions(self) -> tuple[tuple[int, int], ...]:
         """The sizes of validation_resolution as (width, height) in pixels."""
-        return _parse_resolutions(self.validation_resolution)
+        return parse_resolutions(self.validation_resolution)
 
     @field_validator("validation_resolution")
     @classmethod
     def _is_parsed(cls, value: str) -> str:
-        _parse_resolutions(value)
+        parse_resolutions(value)
         return value
 
 
@@ -361,7 +361,7 @@ class DistillationSection(Section):
     )
 
 
-def _parse_resolutions(text: str) -> tuple[tuple[int, int], ...]:
+def parse_resolutions(text: str) -> tuple[tuple[int, int], ...]:
     """Returns (width, height) of each size in ``1024x1024,1280x768`` or ``1024``."""
     sizes: list[tuple[int, int]] = []
     for part in text.split(","):

@@ -90,7 +90,7 @@ class _Evaluation:
     @cached_property
     def base(self) -> Any:  # Any: a diffusers pipeline
         """Draws with the model that the runs started from."""
-        return base_pipeline(self.plan)
+        return base_pipeline(self.plan.family, self.plan.source, self.plan.weight_dtype)
 
     @cached_property
     def teacher_samplers(self) -> list[Sampler]:
@@ -101,7 +101,8 @@ class _Evaluation:
 
     def run(self, results: Sequence[Path]) -> Report:
         """Returns the report, and writes it."""
-        students = [result_pipeline(self.plan, result) for result in results]
+        plan = self.plan
+        students = [result_pipeline(plan.family, plan.source, plan.weight_dtype, result) for result in results]
         samplers = student_samplers(*result_sampling(results[0]))
         real = self._judge("real pictures", 0, [[render(scene) for scene in self.scenes]])
         teacher, undistilled = self._undistilled()

@@ -18,6 +18,7 @@ from simpletuner.planning import look_ahead
 from simpletuner.quickstart.drawing import draw
 from simpletuner.quickstart.scenes import make_prompt
 from simpletuner.run import train_with_seeds
+from tests.conftest import base_of
 from tests.integration.conftest import Project
 
 
@@ -62,9 +63,12 @@ def test_the_student_is_drawn_with_its_own_weights_and_the_teacher_without(scene
     plan = look_ahead(load(scenes.write()))
     prompts = [make_prompt(0, index) for index in range(3)]
     sampler = student_samplers(*result_sampling(scenes.output), steps=[2])[0]
-    base, result = base_pipeline(plan), result_pipeline(plan, scenes.output)
+    base, result = (
+        base_pipeline(*base_of(plan)),
+        result_pipeline(*base_of(plan), scenes.output),
+    )
     first, again, other = (
-        draw_scenes(pipeline, sampler, prompts, silent) for pipeline in (base, base_pipeline(plan), result)
+        draw_scenes(pipeline, sampler, prompts, silent) for pipeline in (base, base_pipeline(*base_of(plan)), result)
     )
     assert [picture.size for picture in first] == [(scene.width, scene.height) for scene in prompts]
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
@@ -75,7 +79,10 @@ def test_noise_is_the_same_whatever_is_drawn_beside_it(scenes: Project):
     plan = look_ahead(load(scenes.write()))
     assert plan.facts.scheduler_config is not None
     sampler = teacher_sampler(plan.facts.scheduler_config)
-    pipeline, prompts = base_pipeline(plan), [make_prompt(0, index) for index in range(6)]
+    pipeline, prompts = (
+        base_pipeline(*base_of(plan)),
+        [make_prompt(0, index) for index in range(6)],
+    )
     alone = draw_scenes(pipeline, sampler, prompts[:1], silent)[0]
     among = draw_scenes(pipeline, sampler, prompts, silent)[0]
     difference = torch.frombuffer(bytearray(alone.tobytes()), dtype=torch.uint8).int()

@@ -65,7 +65,12 @@ def test_the_teacher_draws_what_it_is_told(here: Path):
     plan = look_ahead(load(prepare()))
     assert plan.facts.scheduler_config is not None
     scenes = [make_prompt(0, index) for index in range(10)]
-    pictures = draw_scenes(base_pipeline(plan), teacher_sampler(plan.facts.scheduler_config), scenes, lambda *_: None)
+    pictures = draw_scenes(
+        base_pipeline(*base_of(plan)),
+        teacher_sampler(plan.facts.scheduler_config),
+        scenes,
+        lambda *_: None,
+    )
     assert accuracy(pictures, scenes).all_right >= 0.7
     # The judge and the captions belong together: with another caption's picture nothing is right.
     assert accuracy(pictures[5:] + pictures[:5], scenes).all_right == 0.0

@@ -1,0 +1,53 @@
+"""`simpletuner sample`: a run's own pictures again, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+from typer.testing import CliRunner
+
+from simpletuner.cli import app
+from simpletuner.config.errors import UserError
+from simpletuner.sample import Wishes, sample
+from tests.integration.conftest import Project
+
+PROMPT = "a red picture"
+
+
+@pytest.mark.parametrize("model_type", ["lora", "full"])
+def test_the_picture_of_a_run_is_that_of_its_last_validation(project: Project, tmp_path: Path, model_type: str):
+    changes = {"lora_rank": None} if model_type == "full" else {}
+    project.train(
+        model_type=model_type, validation_prompt=PROMPT, mixed_precision="no", disable_benchmark=True, **changes
+    )
+    (drawn,) = (project.output / "validation" / "step-000002").glob("*.png")
+    lines = list(sample(project.output, Wishes([PROMPT, "a boat"], [42, 43]), tmp_path))
+    assert lines[0].startswith("LCMScheduler, 64x64, num_inference_steps 4, guidance_scale ")
+    (again,) = (tmp_path / "seed-42").glob("a-red-picture*.png")
+    with Image.open(drawn) as one, Image.open(again) as two:
+        assert ImageChops.difference(one, two).getbbox() is None
+    assert len(list(tmp_path.glob("seed-*/*.png"))) == 4
+    assert (tmp_path / "contact_sheet.png").is_file()
+
+
+def test_wishes_are_heard_and_those_that_cannot_be_are_refused(project: Project, tmp_path: Path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        list(sample(project.output, Wishes([PROMPT], [1]), tmp_path))
+    project.train(validation_disable=True)
+    command = ["sample", str(project.output), "--prompt", PROMPT, "--size", "96x64", "--steps", "2"]
+    done = CliRunner().invoke(
+        app, [*command, "--num-images", "2", "--seed", "7", "--guidance", "2", "--negative", "grey"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "96x64, num_inference_steps 2, guidance_scale 2.0, negative_prompt grey" in done.output
+    pictures = sorted((project.output / "samples").glob("seed-*/*.png"))
+    assert [path.parent.name for path in pictures] == ["seed-7", "seed-8"]
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (96, 64)
+    for wrong, said in (
+        (Wishes([PROMPT], [1], num_inference_steps=51), "--steps: 51 is above the 50 steps of the grid"),
+        (Wishes([PROMPT], [1], size="70x64"), "--size: '70x64' has an edge that is no multiple of 8"),
+        (Wishes([PROMPT], [1], negative_prompt="grey"), "--negative: it needs a guidance above 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            list(sample(project.output, wrong, tmp_path))
