@@ -1,4 +1,4 @@
-"""The command line: ``simpletuner init | doctor | plan | train | sample | cache | dataset | evaluate | quickstart | ...``.
+"""The command line: ``simpletuner init | doctor | plan | train | sample | evaluate | ...``; ``--help`` has them all.
 
 train, plan, cache, dataset and evaluate take ``--config PATH`` (a config.json or its folder) and overrides such as
 ``--max_train_steps 100``.

@@ -34,10 +34,8 @@ def test_wishes_are_heard_and_those_that_cannot_be_are_refused(project: Project,
     with pytest.raises(UserError, match="holds no finished run"):
         list(sample(project.output, Wishes([PROMPT], [1]), tmp_path))
     project.train(validation_disable=True)
-    command = ["sample", str(project.output), "--prompt", PROMPT, "--size", "96x64", "--steps", "2"]
-    done = CliRunner().invoke(
-        app, [*command, "--num-images", "2", "--seed", "7", "--guidance", "2", "--negative", "grey"]
-    )
+    command = ["sample", str(project.output), "--prompt", PROMPT, "--size", "96x64", "--steps", "2", "--guidance", "2"]
+    done = CliRunner().invoke(app, [*command, "--num-images", "2", "--seed", "7", "--negative", "grey"])
     assert done.exit_code == 0, done.output
     assert "96x64, num_inference_steps 2, guidance_scale 2.0, negative_prompt grey" in done.output
     pictures = sorted((project.output / "samples").glob("seed-*/*.png"))

@@ -16,6 +16,7 @@ from simpletuner.planning import look_ahead
 from simpletuner.quickstart import FOLDER, TEACHER, prepare
 from simpletuner.quickstart.judge import accuracy
 from simpletuner.quickstart.scenes import make_prompt
+from tests.conftest import base_of
 
 NAMES = ("unet", "vae", "text_encoder", "text_encoder_2")
 
