@@ -2,7 +2,8 @@
 
 An epoch of a dataset shows each image exactly 1 + repeats times. Every bucket's images are shuffled and cut into
 batches (the last may be short), and all batches of the epoch are shuffled. Datasets take turns by their probability. A
-place in this endless order is a small dictionary: finding the next batch takes no replay of those before.
+place in this endless order is a small dictionary: finding the next batch takes no replay of those before, and a bucket
+of ten million images no memory.
 """
 
 import hashlib
@@ -14,6 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+
+LARGEST_SORTED = 4096
+"""Orders up to here are sorted and held: that takes 0.3 ms, and 32 KiB."""
+_NUM_ROUNDS = 4
 
 
 class DatasetPosition(TypedDict):
@@ -48,7 +53,11 @@ class SampledDataset:
     @property
     def num_batches(self) -> int:
         """Batches of an epoch."""
-        return sum(-(-size * (1 + self.repeats) // self.global_batch_size) for size in self.bucket_sizes)
+        return sum(map(self.batches_of, self.bucket_sizes))
+
+    def batches_of(self, bucket_size: int) -> int:
+        """Returns the batches of an epoch that come from a bucket."""
+        return -(-bucket_size * (1 + self.repeats) // self.global_batch_size)
 
     @property
     def num_samples(self) -> int:
@@ -68,25 +77,37 @@ class Draw:
     """Global position of the first member; the others follow."""
 
 
-@dataclass(frozen=True)
 class _Epoch:
     """The order of one epoch of one dataset."""
 
-    members: tuple[Ints, ...]
-    """For each bucket, its images in shuffled order."""
-    buckets: Ints
-    starts: Ints
-    """For each batch, its bucket and where in the bucket's order it starts."""
+    def __init__(self, dataset: SampledDataset, seed: int, epoch: int) -> None:
+        """Shuffles the batches; a bucket is shuffled when its first batch is drawn."""
+        self._dataset, self._key = dataset, f"{seed}/{dataset.id}/{epoch}"
+        self.number = epoch
+        self._ends = np.cumsum([dataset.batches_of(size) for size in dataset.bucket_sizes])
+        self._batches = Shuffle(dataset.num_batches, f"{self._key}/-1")
+        self._members: dict[int, Shuffle] = {}
+
+    def batch(self, number: int) -> tuple[int, Ints]:
+        """Returns the bucket of a batch, and the indices in it."""
+        chosen = int(self._batches[np.array([number])][0])
+        bucket = int(np.searchsorted(self._ends, chosen, side="right"))
+        size, most = self._dataset.bucket_sizes[bucket], self._dataset.global_batch_size
+        start = (chosen - (int(self._ends[bucket - 1]) if bucket else 0)) * most
+        count = size * (1 + self._dataset.repeats)
+        if bucket not in self._members:
+            self._members[bucket] = Shuffle(count, f"{self._key}/{bucket}")
+        return bucket, self._members[bucket][np.arange(start, min(start + most, count))] % size
 
 
 class Sampler:
     """The endless order of batches of several datasets."""
 
     def __init__(self, datasets: Sequence[SampledDataset], seed: int) -> None:
-        """Sorts nothing yet. ``seed`` is the run's."""
+        """Shuffles nothing yet. ``seed`` is the run's."""
         self.datasets = tuple(datasets)
         self._seed = seed
-        self._epochs: dict[int, tuple[int, _Epoch]] = {}  # the epoch that each dataset is in, so as to sort it once
+        self._epochs: dict[int, _Epoch] = {}  # the one that each dataset is in
 
     def start(self, position: Position | None = None) -> Position:
         """Returns the position to begin at: the given one, fitted to the datasets of this run.
@@ -113,7 +134,9 @@ class Sampler:
         dataset = self.datasets[number]
         at = position["datasets"][dataset.id]
         epoch, batch = (at["epoch"], at["batch"]) if at["batch"] < dataset.num_batches else (at["epoch"] + 1, 0)
-        bucket, members = self._members(number, epoch, batch)
+        if number not in self._epochs or self._epochs[number].number != epoch:
+            self._epochs[number] = _Epoch(dataset, self._seed, epoch)
+        bucket, members = self._epochs[number].batch(batch)
         after = DatasetPosition(epoch=epoch, batch=batch + 1, turns=at["turns"] + 1)
         return Draw(number, bucket, members, position["samples"]), Position(
             samples=position["samples"] + len(members), datasets={**position["datasets"], dataset.id: after}
@@ -128,43 +151,51 @@ class Sampler:
         ]
         return min(ahead)[1]
 
-    def _members(self, number: int, epoch: int, batch: int) -> tuple[int, Ints]:
-        """Returns the bucket of a batch and the indices in it."""
-        dataset = self.datasets[number]
-        cached = self._epochs.get(number)
-        if cached is None or cached[0] != epoch:
-            cached = (epoch, _order(dataset, self._seed, epoch))
-            self._epochs[number] = cached
-        order = cached[1]
-        bucket, start = int(order.buckets[batch]), int(order.starts[batch])
-        return bucket, order.members[bucket][start : start + dataset.global_batch_size]
 
+class Shuffle:
+    """0..count-1 in an order that the key decides: on every machine and with every numpy.
 
-def _order(dataset: SampledDataset, seed: int, epoch: int) -> _Epoch:
-    """Returns the order of one epoch."""
-    members: list[Ints] = []
-    buckets: list[Ints] = []
-    starts: list[Ints] = []
-    for bucket, size in enumerate(dataset.bucket_sizes):
-        count = size * (1 + dataset.repeats)
-        members.append(_shuffled(count, seed, dataset.id, epoch, bucket) % size if size else np.zeros(0, np.int64))
-        starts.append(np.arange(0, count, dataset.global_batch_size, dtype=np.int64))
-        buckets.append(np.full(len(starts[-1]), bucket, dtype=np.int64))
-    order = _shuffled(dataset.num_batches, seed, dataset.id, epoch, -1)
-    return _Epoch(tuple(members), np.concatenate(buckets)[order], np.concatenate(starts)[order])
-
-
-def _shuffled(count: int, seed: int, name: str, epoch: int, stream: int) -> Ints:
-    """Returns 0..count-1 in an order that the arguments decide: on every machine and with every numpy.
-
-    Sorts by splitmix64 of a counter (Steele et al. 2014, fig. 17), because numpy keeps the right to change its own
-    shuffles from version to version, and a resumed run must go on in the same order.
+    numpy keeps the right to change its own shuffles from version to version, and a resumed run must go on in the same
+    order. A short one is sorted by splitmix64 of a counter (Steele et al. 2014, fig. 17): any order can come out. A
+    long one is not held at all: a place's number is computed from it by a bijection of the next power of two, again
+    and again until it is below ``count`` (cycle walking: Black and Rogaway 2002, section 3).
     """
-    start = hashlib.blake2b(f"{seed}/{name}/{epoch}/{stream}".encode(), digest_size=8).digest()
-    state = np.frombuffer(start, dtype="<u8") + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(state ^ (state >> np.uint64(31)), kind="stable").astype(np.int64)
+
+    def __init__(self, count: int, key: str) -> None:
+        """Sorts a short one."""
+        self._count, bits = count, max(1, (count - 1).bit_length())
+        start = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        self._state = np.frombuffer(start, dtype="<u8")
+        self._sorted: Ints | None = None
+        if count <= LARGEST_SORTED:
+            self._sorted = np.argsort(self._random(count), kind="stable").astype(np.int64)
+        else:
+            added, factors = self._random(2 * _NUM_ROUNDS).reshape(2, -1)
+            self._rounds = tuple(zip(added, factors | np.uint64(1), strict=True))
+            self._mask, self._half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
+
+    def _random(self, count: int) -> npt.NDArray[np.uint64]:
+        """Returns [count] the first numbers of splitmix64."""
+        state = self._state + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+    def __getitem__(self, places: Ints) -> Ints:
+        """Returns [n] what stands at [n] places."""
+        if self._sorted is not None:
+            return self._sorted[places]
+        numbers = self._mixed(places.astype(np.uint64))
+        while (outside := numbers >= self._count).any():
+            numbers[outside] = self._mixed(numbers[outside])
+        return numbers.astype(np.int64)
+
+    def _mixed(self, numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Returns [n] numbers below 2^bits, each from one alone: every step of a round can be undone."""
+        for added, factor in self._rounds:
+            numbers = (numbers + added) * factor & self._mask
+            numbers = numbers ^ (numbers >> self._half)
+        return numbers
 
 
 def share(count: int, rank: int, world: int) -> range:

@@ -1,21 +1,24 @@
 import json
 from collections import Counter
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, share
+from simpletuner.data import sampler
+from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, Shuffle, share
 
 PUBLISHED = [(100, 6, 100), (1000, 5, 7, 33)]
+ORDER_OF_MANY = [4340862, 7502359, 6780243, 1613479]
 
 
-def draws(sampler: Sampler, count: int, position: Position | None = None) -> tuple[list[Draw], Position]:
-    position = sampler.start(position)
+def draws(source: Sampler, count: int, position: Position | None = None) -> tuple[list[Draw], Position]:
+    position = source.start(position)
     found: list[Draw] = []
     for _ in range(count):
-        draw, position = sampler.next(position)
+        draw, position = source.next(position)
         found.append(draw)
     return found, position
 
@@ -44,6 +47,42 @@ def test_an_epoch_is_exact_for_any_buckets(sizes: list[int], batch: int, repeats
     assert shown == {f"{b}/{m}": 1 + repeats for b, size in enumerate(sizes) for m in range(size)}
 
 
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(sum),
+    batch=st.integers(1, 9),
+    world=st.integers(1, 5),
+    repeats=st.integers(0, 3),
+    epoch=st.integers(0, 3),
+    held=st.sampled_from([0, 7, 4096]),
+)
+def test_ranks_together_show_each_image_exactly_so_often(
+    sizes: list[int], batch: int, world: int, repeats: int, epoch: int, held: int
+):
+    """``held``: up to which length orders are sorted; longer ones are computed place by place."""
+    with patch.object(sampler, "LARGEST_SORTED", held):
+        dataset = SampledDataset("d", tuple(sizes), batch * world, repeats)
+        position: Position = {"samples": 0, "datasets": {"d": {"epoch": epoch, "batch": 0, "turns": 0}}}
+        found, after = draws(Sampler([dataset], 3), dataset.num_batches, position)
+    parts = [[draw.members[share(len(draw.members), r, world)] for draw in found] for r in range(world)]
+    shown = Counter((draw.bucket, int(m)) for part in parts for draw, own in zip(found, part, strict=True) for m in own)
+    assert shown == {(b, m): 1 + repeats for b, size in enumerate(sizes) for m in range(size)}
+    assert all(len(own) <= batch for part in parts for own in part)
+    assert after["samples"] == dataset.num_samples
+
+
+@pytest.mark.parametrize("count", [4097, 100_003])
+def test_a_long_order_is_as_random_as_a_sorted_one(count: int):
+    order = Shuffle(count, "7/d/0/0")[np.arange(count)]
+    assert np.array_equal(np.sort(order), np.arange(count))
+    assert not np.array_equal(order, Shuffle(count, "7/d/1/0")[np.arange(count)])
+    steps = np.diff(order) % count  # uniform, were they independent
+    expected = len(steps) / 50
+    chi_squared = float(((np.bincount(steps * 50 // count, minlength=50) - expected) ** 2 / expected).sum())
+    assert chi_squared < 94.0  # one in ten thousand of 49 degrees of freedom
+    first = [int(Shuffle(count, f"{seed}")[np.array([0])][0]) * 50 // count for seed in range(2000)]
+    assert float(((np.bincount(first, minlength=50) - 40) ** 2 / 40).sum()) < 94.0
+
+
 @pytest.mark.parametrize("sizes", PUBLISHED)
 def test_two_ranks_of_two_show_what_one_rank_of_four_shows(sizes: tuple[int, ...]):
     one = order(sizes, 4)
@@ -64,6 +103,7 @@ def test_epochs_and_seeds_differ_and_buckets_are_mixed():
 
 def test_the_order_never_changes():
     # A resumed run must go on in the order it was in, whatever the versions of its libraries.
+    assert Shuffle(10_000_000, "42/d/0/0")[np.arange(4)].tolist() == ORDER_OF_MANY
     assert order((5, 3), 2) == [["1/0"], ["1/2", "1/1"], ["0/3", "0/0"], ["0/2"], ["0/1", "0/4"]]
 
 
