@@ -166,11 +166,12 @@ class Reader:
     def __init__(self, shards: Sequence[Path]) -> None:
         """Opens nothing yet."""
         self._shards = shards
-        self._open: dict[int, Any] = {}  # Any: safetensors has no types for its handle
+        self._mapped: dict[int, dict[str, Tensor]] = {}
 
     def row(self, shard: int, row: int) -> dict[str, Tensor]:
-        """Returns the features [...] of one entry by name."""
-        if shard not in self._open:
-            self._open[shard] = safe_open(self._shards[shard], framework="pt")
-        handle = self._open[shard]
-        return {name: cast(Tensor, handle.get_slice(name)[row]) for name in cast("list[str]", handle.keys())}
+        """Returns the features [...] of one entry by name; they are read from the file when they are copied."""
+        if shard not in self._mapped:
+            with safe_open(self._shards[shard], framework="pt") as file:
+                names = cast("list[str]", file.keys())
+                self._mapped[shard] = {name: cast(Tensor, file.get_tensor(name)) for name in names}
+        return {name: values[row] for name, values in self._mapped[shard].items()}

@@ -155,12 +155,12 @@ class CachedDataset:
         choices = self._captions(images, rows, batch.position)
         pixels, texts = None, tuple(images.texts[choice] for choice in choices if images.texts)
         if images.pictures is None:
-            batch = replace(batch, **_stacked([images.reader.row(*own) for own in images.latents[ways, rows].tolist()]))
+            batch = replace(batch, **stacked([images.reader.row(*own) for own in images.latents[ways, rows].tolist()]))
         else:
             pixels, good = images.pictures.read(batch.ids, batch.geometry, ways.astype(bool).tolist(), decoders)
             batch = replace(batch, weight=batch.weight * good)
         if not texts:
-            cond = _stacked([self._text.row(*own) for own in images.captions[choices].tolist()])
+            cond = stacked([self._text.row(*own) for own in images.captions[choices].tolist()])
             batch = replace(batch, cond=self._with_dropped(cond, batch.dropped))
         read = _Read(batch, images, pixels, texts)
         return (_pinned(read) if self._pin else read), after
@@ -225,9 +225,19 @@ class CachedDataset:
         }
 
 
-def _stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns the features [B, ...] of B entries, by name."""
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the features [B, ...] of B entries, by name.
+
+    The bytes are copied by numpy in this thread. torch.stack shares them out to as many threads as there are cores, and
+    waits for each: on a machine that was busy with training that took 8 ms a sample of 0.26 MB, instead of 0.05.
+    """
+    return {name: _copied([row[name] for row in rows]) for name in rows[0]}
+
+
+def _copied(rows: Sequence[Tensor]) -> Tensor:
+    """Returns [B, ...] of B contiguous tensors of at least one dimension."""
+    together = np.stack([row.view(torch.uint8).numpy() for row in rows])
+    return torch.from_numpy(together).view(rows[0].dtype)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, ...]]]:
