@@ -35,8 +35,7 @@ from simpletuner.data import manifest as manifests
 from simpletuner.data.buckets import assign
 from simpletuner.data.cache import Reader, Store
 from simpletuner.data.captions import read_captions
-from simpletuner.data.dataset import CachedDataset
-from simpletuner.data.dataset import _stacked as stacked
+from simpletuner.data.dataset import CachedDataset, stacked
 from simpletuner.data.identity import Encoding, Ranks, identify, keyed_buckets, text_key
 from simpletuner.data.manifest import Manifest, scan
 from simpletuner.data.precompute import cut_image, posterior, precompute, prepare
