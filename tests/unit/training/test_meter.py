@@ -1,5 +1,6 @@
 import time
 
+import psutil
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,9 +72,8 @@ def test_attention_on_a_cpu_counts(grads: bool):
 
 
 def test_memory_and_peaks_are_told_only_where_they_are_known():
-    held = peak_memory_bytes(CPU)
-    block = torch.ones(64, 1024, 1024)
-    assert peak_memory_bytes(CPU) - held >= 0.5 * block.nbytes
+    used = psutil.Process().memory_info().rss  # other tests of this process may have used more, and freed it
+    assert 0.9 * used <= peak_memory_bytes(CPU) < 100 * used
     assert peak_tflops(CPU, torch.bfloat16) is None
 
 
