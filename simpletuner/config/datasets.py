@@ -1,20 +1,16 @@
 """Reads the entries of the data backend file into datasets and the text cache."""
 
-import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.config import deprecated
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
-from simpletuner.config.errors import suggestion
+from simpletuner.config.caches import latent_folder, text_cache
+from simpletuner.config.entries import DATASET_TYPES, Context, refuse_unknown, tidied
 from simpletuner.config.fields import Json, rule_of
-from simpletuner.config.files import Places
 from simpletuner.config.findings import Findings
-from simpletuner.config.sections import DataSection, RunSection
-from simpletuner.config.values import bare_key, build, fill, number, switch_off, tidy
+from simpletuner.config.values import bare_key, build, number, switch_off
 
 _SIZES = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
 _INHERITED = (
@@ -31,42 +27,10 @@ _INHERITED = (
 )
 _ENTRY_KEYS = frozenset({"disabled", "default", "cache_dir", "text_embeds", "image_embeds", "aspect_bucket_alignment"})
 _DATASET_KEYS = frozenset(DatasetConfig.model_fields) - {"options", "alignment"} | _ENTRY_KEYS
-_TEXT_KEYS = frozenset({"id", "type", "dataset_type", "disabled", "default", "cache_dir", "write_batch_size"})
-_TEXT_VALUES = (
-    "id",
-    "type",
-    "dataset_type",
-    "instance_data_dir",
-    "cache_dir",
-    "cache_dir_vae",
-    "text_embeds",
-    "image_embeds",
-    "resolution_type",
-)
 _NAMES = {"webdataset": "shards", "csv": "csv_file", "huggingface": "dataset_name"}
 """Backend -> its key that names files, relative to the working directory or to the config."""
-_DATASET_TYPES = ("image", "text_embeds", "image_embeds")
 _LARGEST_AREA_MEGAPIXELS = 16.0
 """A size up to here is read as megapixels, one above as pixels: nobody trains on 16 px or on 17 megapixels."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the datasets inherit and where their paths are looked for."""
-
-    data: DataSection
-    run: RunSection
-    model_family: str
-    places: Places
-    environ: Mapping[str, str]
-    explicit: frozenset[str]
-    label: str
-    """The file, as the user named it, for messages."""
-
-    @property
-    def cache_dir(self) -> Path:
-        """The folder of all caches."""
-        return self.run.cache_dir or self.run.output_dir / "cache"
 
 
 def sized(value: float, resolution_type: str) -> float:
@@ -80,7 +44,7 @@ def read_datasets(
     entries: Json, context: Context, findings: Findings
 ) -> tuple[tuple[DatasetConfig, ...], TextCacheConfig]:
     """Returns the enabled image datasets and the text cache; every mistake becomes a problem."""
-    by_type: dict[str, list[dict[str, Json]]] = {kind: [] for kind in _DATASET_TYPES}
+    by_type: dict[str, list[dict[str, Json]]] = {kind: [] for kind in DATASET_TYPES}
     ids: set[str] = set()
     if not isinstance(entries, list):
         findings.problems.append(f"{context.label}: the file must hold a list of datasets: [{{...}}, ...]")
@@ -89,91 +53,17 @@ def read_datasets(
         if not isinstance(entry, dict):
             findings.problems.append(f"{context.label}: entry {index + 1} is not an object")
             continue
-        tidied = _tidied(entry, index, context, findings)
-        if tidied is None:
+        values = tidied(entry, index, context, findings)
+        if values is None:
             continue
-        if str(tidied["id"]) in ids:
-            findings.problems.append(f"{context.label}: the id '{tidied['id']}' is used twice; ids must differ")
-        ids.add(str(tidied["id"]))
-        by_type[str(tidied.get("dataset_type", "image"))].append(tidied)
-    text_cache = _text_cache(by_type["text_embeds"], context, findings)
+        if str(values["id"]) in ids:
+            findings.problems.append(f"{context.label}: the id '{values['id']}' is used twice; ids must differ")
+        ids.add(str(values["id"]))
+        by_type[str(values.get("dataset_type", "image"))].append(values)
+    text_cache_config = text_cache(by_type["text_embeds"], context, findings)
     datasets = tuple(_dataset(entry, by_type, context, findings) for entry in by_type["image"])
     _check_together(datasets, by_type, context, findings)
-    return datasets, text_cache
-
-
-def _tidied(entry: dict[str, Json], index: int, context: Context, findings: Findings) -> dict[str, Json] | None:
-    """Returns an enabled entry of a known type with its placeholders filled, or None."""
-    values = tidy(entry)
-    where = f"{context.label}: entry {index + 1}"
-    if _switch(values, "disabled", where, findings):
-        return None
-    for key in _TEXT_VALUES:
-        if isinstance(values.get(key), (bool, list, dict)):
-            findings.problems.append(f"{where}: {key}: {json.dumps(values.pop(key))} is not text")
-    if "id" not in values:
-        findings.problems.append(f"{where}: id: required. A name for the dataset")
-        values["id"] = f"entry {index + 1}"
-    where = f"{context.label}: dataset '{values['id']}'"
-    names = {"model_family": context.model_family, "output_dir": str(context.run.output_dir), "id": str(values["id"])}
-    names |= {f"env:{name}": value for name, value in context.environ.items()}
-    values["default"] = _switch(values, "default", where, findings)
-    values = {key: fill(value, names.get, f"{where}: {key}", findings) for key, value in values.items()}
-    kind = str(values.get("dataset_type", "image"))
-    if kind not in _DATASET_TYPES:
-        reason = deprecated.DATASET_TYPES.get(kind)
-        findings.problems.append(
-            f"{where}: dataset_type: {reason}"
-            if reason
-            else f"{where}: dataset_type: unknown value '{kind}'{suggestion(kind, _DATASET_TYPES)} "
-            f"({', '.join(_DATASET_TYPES)})"
-        )
-        return None
-    return values
-
-
-def _switch(values: dict[str, Json], key: str, where: str, findings: Findings) -> bool:
-    """Takes a switch out of an entry and returns whether it is on."""
-    value = values.pop(key, False)
-    word = str(value).strip().lower()
-    if word not in ("true", "false", "1", "0", "yes", "no"):
-        findings.problems.append(f"{where}: {key}: {json.dumps(value)} is not true or false")
-    return word in ("true", "1", "yes")
-
-
-def _text_cache(entries: list[dict[str, Json]], context: Context, findings: Findings) -> TextCacheConfig:
-    """Returns the text cache: the default entry, the only entry, or one that is made."""
-    fallback = context.cache_dir / "text" / context.model_family
-    if not entries:
-        return TextCacheConfig(cache_dir=fallback, write_batch_size=context.data.write_batch_size)
-    defaults = [entry for entry in entries if entry["default"]]
-    listed = ", ".join(f"'{entry['id']}'" for entry in defaults or entries)
-    if len(defaults) > 1:
-        findings.problems.append(f"{context.label}: several default text caches: {listed}; keep one `default: true`")
-    elif len(entries) > 1 and not defaults:
-        findings.problems.append(f"{context.label}: several text caches and no default: {listed}; set `default: true`")
-    for entry in entries:
-        where = f"{context.label}: dataset '{entry['id']}'"
-        _refuse_unknown(entry, _TEXT_KEYS, where, findings)
-    chosen = (defaults or entries)[0]
-    unused = [f"'{entry['id']}'" for entry in entries if entry is not chosen]
-    if unused:
-        findings.notices.append(f"text caches {', '.join(unused)} are not used: '{chosen['id']}' serves all datasets")
-    directory = str(chosen.get("cache_dir") or fallback)
-    values: dict[str, Json] = {
-        "id": chosen["id"],
-        "cache_dir": str(context.places.written(directory)),
-        "write_batch_size": chosen.get("write_batch_size", context.data.write_batch_size),
-    }
-    return build(TextCacheConfig, values, f"{context.label}: dataset '{chosen['id']}': ", findings)
-
-
-def _refuse_unknown(entry: dict[str, Json], known: frozenset[str], where: str, findings: Findings) -> None:
-    """Takes the keys that are not known out of an entry: each is a problem, or a notice by the written table."""
-    for key in [key for key in entry if key not in known]:
-        value = entry.pop(key)
-        if not deprecated.judge(key, value, deprecated.DATASET_KEYS, f"{where}: ", findings):
-            findings.problems.append(f"{where}: {key}: unknown key{suggestion(key, known)}")
+    return datasets, text_cache_config
 
 
 def _dataset(
@@ -185,7 +75,7 @@ def _dataset(
     kind = str(own.get("type", "local"))
     options: dict[str, Json] = {}
     if kind == "local":
-        _refuse_unknown(own, _DATASET_KEYS, where, findings)
+        refuse_unknown(own, _DATASET_KEYS, where, findings)
     else:  # the keys of another backend are checked by that backend
         options = {key: own.pop(key) for key in list(own) if key not in _DATASET_KEYS}
     if "aspect_bucket_alignment" in own:
@@ -196,7 +86,7 @@ def _dataset(
     values = _inherited(own, context) | {key: value for key, value in own.items() if key not in _ENTRY_KEYS}
     _sizes_in_unit(values, own, where, findings)
     values["options"] = options
-    values["cache_dir_vae"] = str(_latent_folder(own, by_type, context, findings, where))
+    values["cache_dir_vae"] = str(latent_folder(own, by_type, context, findings, where))
     if kind == "local":
         _resolve_folder(values, context, where, findings)
     elif kind in _NAMES:
@@ -256,33 +146,6 @@ def unit_notice(key: str, size: float, resolution_type: str) -> str:
     if resolution_type == "area":
         return f"{key}: {size:g} beside resolution_type area is read as the square of {size:g} px: {read:g} megapixels"
     return f"{key}: {size:g} beside resolution_type {resolution_type} is read as megapixels: {read:.0f} px"
-
-
-def _latent_folder(
-    own: dict[str, Json],
-    by_type: dict[str, list[dict[str, Json]]],
-    context: Context,
-    findings: Findings,
-    where: str,
-) -> Path:
-    """Returns the folder of a dataset's latents: its own key, below its image_embeds entry, or the default."""
-    for kind in ("text_embeds", "image_embeds"):
-        ids = [str(entry["id"]) for entry in by_type[kind]]
-        if kind in own and str(own[kind]) not in ids:
-            findings.problems.append(
-                f"{where}: {kind}: no {kind} entry has the id '{own[kind]}'{suggestion(str(own[kind]), ids)}"
-            )
-    if "cache_dir_vae" in own or "cache_dir" in own:
-        return context.places.written(str(own.get("cache_dir_vae") or own["cache_dir"]))
-    named = [
-        entry
-        for entry in by_type["image_embeds"]
-        if ("image_embeds" in own and entry["id"] == own["image_embeds"])
-        or ("image_embeds" not in own and entry["default"])
-    ]
-    if named and "cache_dir" in named[0]:
-        return context.places.written(str(named[0]["cache_dir"])) / str(own["id"])
-    return context.cache_dir / "vae" / context.model_family / str(own["id"])
 
 
 def _resolve_folder(values: dict[str, Json], context: Context, where: str, findings: Findings) -> None:

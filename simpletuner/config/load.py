@@ -11,7 +11,8 @@ from pathlib import Path
 
 from simpletuner.config import deprecated
 from simpletuner.config.backends import SQUARE_EDGES_PX, DatasetConfig, TextCacheConfig
-from simpletuner.config.datasets import Context, read_datasets, rounding_is_alignment, sized, unit_notice
+from simpletuner.config.datasets import read_datasets, rounding_is_alignment, sized, unit_notice
+from simpletuner.config.entries import Context
 from simpletuner.config.environment import fill_from_environment
 from simpletuner.config.errors import UserError, printable, suggestion
 from simpletuner.config.fields import Json, Section, as_json
