@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import field_serializer
 
+from simpletuner.config.captioning import CaptionShuffle
 from simpletuner.config.fields import Json, Section, setting
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
@@ -61,6 +62,13 @@ class DatasetConfig(Section):
     missing_caption: Literal["skip", "keep"] = setting(
         "skip", "may_change", "skip: an image without caption is left out and counted; keep: its caption is empty."
     )
+    caption_filter_list: tuple[str, ...] = setting(
+        (), "may_change", "Regular expressions that are removed from captions, and s/regex/replacement/."
+    )
+    caption_shuffle: CaptionShuffle | None = setting(
+        None, "may_change", "Encode each caption with its tags in other orders too; one of them is drawn each time."
+    )
+    caption_suffix: str | None = setting(None, "may_change", "Put this behind each caption.")
     probability: float = setting(1.0, "may_change", "Weight of the dataset among the others.", ge=0)
     repeats: int = setting(0, "may_change", "Extra passes over each image in an epoch.", ge=0)
     max_num_samples: int | None = setting(None, "may_change", "Use a seeded choice of so many images only.", ge=1)

@@ -3,20 +3,29 @@
 from pathlib import Path
 
 from simpletuner.config.backends import TextCacheConfig
+from simpletuner.config.captioning import resolve_filters
 from simpletuner.config.entries import Context, refuse_unknown
 from simpletuner.config.errors import suggestion
 from simpletuner.config.fields import Json
 from simpletuner.config.findings import Findings
 from simpletuner.config.values import build
 
-_TEXT_KEYS = frozenset({"id", "type", "dataset_type", "disabled", "default", "cache_dir", "write_batch_size"})
+_FOR_DATASETS = ("caption_filter_list", "text_cache_disable")
+_TEXT_KEYS = frozenset(
+    {"id", "type", "dataset_type", "disabled", "default", "cache_dir", "write_batch_size", *_FOR_DATASETS}
+)
 
 
-def text_cache(entries: list[dict[str, Json]], context: Context, findings: Findings) -> TextCacheConfig:
-    """Returns the text cache: the default entry, the only entry, or one that is made."""
+def text_cache(
+    entries: list[dict[str, Json]], context: Context, findings: Findings
+) -> tuple[TextCacheConfig, dict[str, Json]]:
+    """Returns the text cache, and what its entry says for all datasets that do not say it themselves.
+
+    It is the default entry, the only entry, or one that is made.
+    """
     fallback = context.cache_dir / "text" / context.model_family
     if not entries:
-        return TextCacheConfig(cache_dir=fallback, write_batch_size=context.data.write_batch_size)
+        return TextCacheConfig(cache_dir=fallback, write_batch_size=context.data.write_batch_size), {}
     defaults = [entry for entry in entries if entry["default"]]
     listed = ", ".join(f"'{entry['id']}'" for entry in defaults or entries)
     if len(defaults) > 1:
@@ -30,13 +39,16 @@ def text_cache(entries: list[dict[str, Json]], context: Context, findings: Findi
     unused = [f"'{entry['id']}'" for entry in entries if entry is not chosen]
     if unused:
         findings.notices.append(f"text caches {', '.join(unused)} are not used: '{chosen['id']}' serves all datasets")
+    where = f"{context.label}: dataset '{chosen['id']}'"
+    shared = {key: chosen[key] for key in _FOR_DATASETS if key in chosen}
+    resolve_filters(shared, context.places, where, findings)
     directory = str(chosen.get("cache_dir") or fallback)
     values: dict[str, Json] = {
         "id": chosen["id"],
         "cache_dir": str(context.places.written(directory)),
         "write_batch_size": chosen.get("write_batch_size", context.data.write_batch_size),
     }
-    return build(TextCacheConfig, values, f"{context.label}: dataset '{chosen['id']}': ", findings)
+    return build(TextCacheConfig, values, f"{where}: ", findings), shared
 
 
 def latent_folder(

@@ -7,6 +7,7 @@ from pathlib import Path
 from simpletuner.config import deprecated
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
 from simpletuner.config.caches import latent_folder, text_cache
+from simpletuner.config.captioning import read_shuffle, resolve_filters
 from simpletuner.config.entries import DATASET_TYPES, Context, refuse_unknown, tidied
 from simpletuner.config.fields import Json, rule_of
 from simpletuner.config.findings import Findings
@@ -60,8 +61,8 @@ def read_datasets(
             findings.problems.append(f"{context.label}: the id '{values['id']}' is used twice; ids must differ")
         ids.add(str(values["id"]))
         by_type[str(values.get("dataset_type", "image"))].append(values)
-    text_cache_config = text_cache(by_type["text_embeds"], context, findings)
-    datasets = tuple(_dataset(entry, by_type, context, findings) for entry in by_type["image"])
+    text_cache_config, shared = text_cache(by_type["text_embeds"], context, findings)
+    datasets = tuple(_dataset(shared | entry, by_type, context, findings) for entry in by_type["image"])
     _check_together(datasets, by_type, context, findings)
     return datasets, text_cache_config
 
@@ -80,6 +81,9 @@ def _dataset(
         options = {key: own.pop(key) for key in list(own) if key not in _DATASET_KEYS}
     if "aspect_bucket_alignment" in own:
         own["alignment"] = own.pop("aspect_bucket_alignment")
+    _read_strategy(own, kind, where, findings)
+    resolve_filters(own, context.places, where, findings)
+    read_shuffle(own, where, findings)
     deprecated.replace_values(own, f"{where}: ", findings)
     rounding_is_alignment(own, "alignment", f"{where}: ", findings)
     switch_off(own, (*_SIZES[1:], "minimum_aspect_ratio", "maximum_aspect_ratio", "max_num_samples"))
@@ -95,11 +99,28 @@ def _dataset(
         )
     dataset = build(DatasetConfig, values, f"{where}: ", findings)
     _check_bounds(dataset, where, findings)
+    if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
+        unused = ", ".join(key for key in ("caption_filter_list", "caption_shuffle", "caption_suffix") if key in entry)
+        if unused:
+            findings.notices.append(f"{where}: {unused}: has no effect: the captions are instance_prompt")
     for key in own.keys() & DatasetConfig.model_fields.keys():
         inert = rule_of(DatasetConfig, key, "inert")
         if inert and getattr(dataset, key) != DatasetConfig.model_fields[key].default:
             findings.notices.append(f"{where}: {key}: has no effect: {inert}")
     return dataset
+
+
+def _read_strategy(own: dict[str, Json], kind: str, where: str, findings: Findings) -> None:
+    """Reads a caption strategy that is named after a backend as what it means there: the backend's own captions."""
+    strategy = str(own.get("caption_strategy", "")).strip().lower()
+    if strategy not in _NAMES:
+        return
+    own["caption_strategy"] = "textfile"
+    if strategy != kind:
+        findings.problems.append(
+            f"{where}: caption_strategy: '{strategy}' goes with a dataset of that type, and this one is '{kind}'; "
+            "textfile takes what is beside the images"
+        )
 
 
 def _inherited(own: dict[str, Json], context: Context) -> dict[str, Json]:

@@ -205,7 +205,7 @@ _DATASET_TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
     ("notice", "the scan keeps its own manifest beside the latents"): "metadata_update_interval metadata_dir",
     ("notice", "there is one caption cache for all datasets"): "text_embed_cache",
     ("error", "captions come from caption_strategy textfile, filename or instanceprompt"): (
-        "parquet caption_column fallback_caption_column caption_filter_list csv_caption_column caption_suffix"
+        "parquet caption_column fallback_caption_column csv_caption_column"
     ),
     ("error", "choose by resolution, minimum_image_size and the aspect limits"): "minimum_pixels maximum_pixels",
     ("error", "regularisation data is not built; remove the key"): "is_regularisation_data is_regularization_data",
@@ -258,7 +258,7 @@ _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
     "metadata_backend": {
         "parquet": (None, "sizes come from the images' headers; use discovery, and textfile captions"),
         "json": ("discovery", "the scan keeps its own manifest"),
-        "huggingface": (None, "use discovery"),
+        "huggingface": ("discovery", "sizes come from the images' headers"),
     },
     "crop_style": {
         "centre": ("center", "it is another name"),

@@ -1,5 +1,6 @@
-"""The captions of images: from text files, file names, or one prompt for all."""
+"""The captions of images: from text files, file names, or one prompt for all; filtered, and their tags reordered."""
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from simpletuner.backends._base import Backend, open_backend
 from simpletuner.config.backends import DatasetConfig
+from simpletuner.config.captioning import CaptionShuffle, filtered
 from simpletuner.config.errors import UserError
 from simpletuner.data.manifest import Manifest, require_images
 
@@ -18,7 +20,8 @@ _NUM_READERS = 16
 _CHUNK = 1024
 
 MISSING = "without caption"
-NOT_UTF8 = "caption file is not UTF-8"
+NOT_UTF8 = "caption file is not UTF-8: convert it (iconv -f latin1 -t utf-8)"
+_MARKS = {"comma": ",", "space": " ", "period": "."}
 
 
 def captions(dataset: DatasetConfig, backend: Backend, path: str) -> list[str]:
@@ -37,8 +40,37 @@ def captions(dataset: DatasetConfig, backend: Backend, path: str) -> list[str]:
         text = backend.caption(path) or ""
         lines = [text] if dataset.disable_multiline_split else text.splitlines()
         found = [line.strip() for line in lines]
-    found = [caption for caption in found if caption]
-    return [f"{prompt} {caption}" for caption in found] if dataset.prepend_instance_prompt else found
+    found = [caption for line in found if (caption := filtered(line, dataset.caption_filter_list))]
+    if dataset.caption_shuffle is not None and dataset.caption_shuffle.enable:
+        found = [variant for caption in found for variant in shuffled(caption, dataset.caption_shuffle)]
+    before = f"{prompt} " if dataset.prepend_instance_prompt else ""
+    return [f"{before}{caption}{_suffix(dataset)}" for caption in found]
+
+
+def shuffled(caption: str, shuffle: CaptionShuffle) -> list[str]:
+    """Returns a caption and its tags in other orders, which its text decides; of equal ones, one.
+
+    Each is encoded and cached as a caption of its own, and one is drawn each time the image is shown.
+    """
+    mark = _MARKS[shuffle.split_on]
+    tags = [tag for part in caption.split(mark) if (tag := part.strip())]
+    head, tail = tags[: shuffle.position_start], tags[shuffle.position_start :]
+    if len(tail) < 2:
+        return [caption]
+    joint = " " if mark == " " else f"{mark} "
+    end = mark if caption.endswith(mark) else ""
+    variants = [caption] if shuffle.include_original else []
+    for number in range(shuffle.count):
+        keys = [f"{shuffle.seed}/{number}/{place}/{caption}".encode() for place in range(len(tail))]
+        order = sorted(range(len(tail)), key=[hashlib.blake2b(key, digest_size=8).digest() for key in keys].__getitem__)
+        variants.append(joint.join([*head, *(tail[place] for place in order)]) + end)
+    return list(dict.fromkeys(variants))
+
+
+def _suffix(dataset: DatasetConfig) -> str:
+    """Returns what is put behind each caption, with a space before it unless it begins with a mark."""
+    suffix = dataset.caption_suffix or ""
+    return f" {suffix}" if suffix and suffix[0] not in ",.;:" else suffix
 
 
 def _prompt(dataset: DatasetConfig) -> str:

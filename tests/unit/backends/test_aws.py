@@ -10,6 +10,7 @@ import pytest
 from simpletuner.backends._base import open_backend
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError
+from simpletuner.data.captions import NOT_UTF8
 from simpletuner.data.manifest import scan
 from tests.unit.backends.shards import by_id, image_bytes, scanned
 from tests.unit.data.support import dataset
@@ -87,7 +88,7 @@ def test_what_is_wrong_with_an_object_costs_its_image_only(tmp_path: Path, endpo
     assert manifest.problems == {
         "empty file": ("b/empty.png",),
         "without caption": ("a/0.png",),
-        "caption file is not UTF-8": ("b/2.png",),
+        NOT_UTF8: ("b/2.png",),
     }
 
 

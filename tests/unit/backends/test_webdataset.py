@@ -10,6 +10,7 @@ from PIL import Image
 from simpletuner.backends import _tar_index as tar
 from simpletuner.backends._base import open_backend
 from simpletuner.config.errors import UserError
+from simpletuner.data.captions import NOT_UTF8
 from simpletuner.data.manifest import scan
 from tests.unit.backends.shards import by_id, image_bytes, samples, scanned, shards, write_shard
 
@@ -99,7 +100,7 @@ def test_a_broken_caption_costs_its_sample_only(tmp_path: Path):
     manifest = scanned(shards(tmp_path))
     assert manifest.ids == ["a.tar/5.png"]
     assert manifest.problems == {
-        "caption file is not UTF-8": ("a.tar/0.png", "a.tar/6.png"),
+        NOT_UTF8: ("a.tar/0.png", "a.tar/6.png"),
         "caption file cannot be opened": tuple(f"a.tar/{n}.png" for n in (1, 2, 4, 7)),
         "without caption": ("a.tar/3.png",),
     }

@@ -18,7 +18,7 @@ from PIL import Image
 from simpletuner import plan_view
 from simpletuner.config.errors import UserError
 from simpletuner.data import cache
-from simpletuner.data.captions import read_captions
+from simpletuner.data.captions import NOT_UTF8, read_captions
 from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.identity import Encoding
 from simpletuner.data.manifest import Manifest, scan
@@ -168,8 +168,8 @@ def test_two_pictures_of_one_name_share_their_caption_and_nothing_else(tmp_path:
 @pytest.mark.parametrize(
     ("content", "captions", "problems"),
     [
-        ("café".encode("latin-1"), [], {"caption file is not UTF-8": ("a.png",)}),
-        ("café".encode("utf-16"), [], {"caption file is not UTF-8": ("a.png",)}),
+        ("café".encode("latin-1"), [], {NOT_UTF8: ("a.png",)}),
+        ("café".encode("utf-16"), [], {NOT_UTF8: ("a.png",)}),
         ("\ufeffcafé\r\nau lait\r\n".encode(), [["café", "au lait"]], {}),
         (b"", [], {"without caption": ("a.png",)}),
         (b" \r\n\t\r\n", [], {"without caption": ("a.png",)}),
