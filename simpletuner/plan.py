@@ -4,7 +4,6 @@ It reads JSON files and safetensors headers only, writes nothing, and imports ne
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -18,8 +17,10 @@ from simpletuner.config.errors import Problems, UserError
 from simpletuner.config.schema import Config, OptimizerSection
 from simpletuner.data.identity import Encoding
 from simpletuner.data.precompute import Outstanding, outstanding
+from simpletuner.data.sampler import Window
 from simpletuner.data.summary import DatasetSummary
 from simpletuner.distillers._base import Defaults, Distiller, ModelType, RunFacts, Setting
+from simpletuner.duration import count_steps, warmup_notices, windows
 from simpletuner.families._base import LORA_PRESETS, Facts, ModelFamily, lora_modules, lora_num_parameters
 from simpletuner.families._source import ModelSource
 from simpletuner.idle import idle_settings
@@ -94,6 +95,12 @@ class Plan:
     notices: tuple[str, ...]
 
     @property
+    def windows(self) -> dict[str, Window]:
+        """Dataset id -> when it is shown."""
+        accumulation = self.config.run.gradient_accumulation_steps
+        return windows(self.config.datasets, self.batches_per_epoch, accumulation)
+
+    @property
     def prompts(self) -> tuple[str, ...]:
         """The texts to encode beside the captions."""
         return (*self.validation.prompts, self.validation.negative_prompt)
@@ -146,14 +153,14 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     notices.extend(problems.attempt(lambda: distiller.check(method_config, facts)) or [])
     batches = sum(summary.batches_per_epoch(world) for summary in datasets)
     counted = batches > 0 or all(summary.complete for summary in datasets)
-    max_steps = problems.attempt(lambda: _max_steps(config, batches if counted else None, notices))
+    max_steps = problems.attempt(lambda: count_steps(config, batches if counted else None, notices))
     problems.raise_any()
     assert validation is not None
     assert max_steps is not None
     notices.extend(idle_settings(config, validation.guidance_scale > 1))
     notices.extend(_idle_optimizer_keys(config, chosen.optimizer))
     lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
-    notices.extend(_warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
+    notices.extend(warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
     plan = Plan(
         config=config,
         family=family,
@@ -303,44 +310,6 @@ def _run_facts(config: Config, chosen: Chosen, validation: ValidationPlan | None
         validation_num_inference_steps=drawn.num_inference_steps if drawn else None,
         validation_guidance=drawn.guidance_scale if drawn else None,
     )
-
-
-def _max_steps(config: Config, batches_per_epoch: int | None, notices: list[str]) -> int:
-    """Returns the optimizer steps of the run: of ``max_train_steps`` and ``num_train_epochs`` the smaller.
-
-    Without a number of batches, as long as no shard has been downloaded, ``max_train_steps`` has to say.
-    """
-    run = config.run
-    if batches_per_epoch == 0:
-        raise UserError("no dataset has an image to train on; see the lines on each dataset")
-    if batches_per_epoch is None:
-        if run.max_train_steps is None:
-            raise UserError("num_train_epochs: no image is counted yet: give max_train_steps, or fill the cache first")
-        return run.max_train_steps
-    by_epochs = (
-        math.ceil(run.num_train_epochs * batches_per_epoch / run.gradient_accumulation_steps)
-        if run.num_train_epochs is not None
-        else None
-    )
-    if run.max_train_steps is not None and by_epochs is not None:
-        shorter = "max_train_steps" if run.max_train_steps <= by_epochs else "num_train_epochs"
-        notices.append(
-            f"max_train_steps and num_train_epochs: {run.max_train_steps} steps and {by_epochs} steps "
-            f"({run.num_train_epochs} epochs): {shorter} is the smaller and holds"
-        )
-    given = [steps for steps in (run.max_train_steps, by_epochs) if steps is not None]
-    if not given:
-        raise UserError("max_train_steps: give the length of the run by max_train_steps or num_train_epochs")
-    return min(given)
-
-
-def _warmup_notices(warmup_steps: int, max_steps: int) -> list[str]:
-    if warmup_steps < max_steps:
-        return []
-    return [
-        f"lr_warmup_steps: the learning rate is still rising when the run ends ({max_steps} steps); "
-        f"full rate is reached at step {warmup_steps}"
-    ]
 
 
 def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]) -> LoraPlan:

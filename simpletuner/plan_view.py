@@ -104,6 +104,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     )
     for summary in plan.datasets:
         yield from _dataset_lines(summary, plan.world)
+        yield from _window_lines(plan, summary)
     yield from _cache_lines(plan)
     yield from _live_lines(plan)
     processes = _some(plan.world, "process", "processes")
@@ -159,6 +160,13 @@ def _dataset_lines(summary: DatasetSummary, world: int) -> Iterator[str]:
         yield f"            {_some(short, 'bucket')} smaller than a batch: trained as a short batch, nothing is dropped"
     for reason, ids in summary.problems.items():
         yield f"            {len(ids)} left out: {reason} (such as {printable(ids[0])})"
+
+
+def _window_lines(plan: Plan, summary: DatasetSummary) -> Iterator[str]:
+    window, accumulation = plan.windows[summary.config.id], plan.config.run.gradient_accumulation_steps
+    if window.start or window.end is not None:
+        until = "" if window.end is None else f" until step {min(window.end // accumulation, plan.max_steps)}"
+        yield f"            shown from step {window.start // accumulation} on{until}"
 
 
 def _cache_lines(plan: Plan) -> Iterator[str]:

@@ -199,6 +199,7 @@ def _dataset(plan: Plan, cache: Cache, accelerator: Accelerator) -> CachedDatase
         _ranks(accelerator),
         pin_memory=accelerator.device.type == "cuda",
         encoding=plan.encoding(accelerator.device),
+        windows=plan.windows,
     )
 
 

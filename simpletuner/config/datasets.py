@@ -28,6 +28,14 @@ _INHERITED = (
 )
 _ENTRY_KEYS = frozenset({"disabled", "default", "cache_dir", "text_embeds", "image_embeds", "aspect_bucket_alignment"})
 _DATASET_KEYS = frozenset(DatasetConfig.model_fields) - {"options", "alignment"} | _ENTRY_KEYS
+_SWITCHED_OFF_BY_ZERO = (
+    *_SIZES[1:],
+    "minimum_aspect_ratio",
+    "maximum_aspect_ratio",
+    "max_num_samples",
+    "end_step",
+    "end_epoch",
+)
 _NAMES = {"webdataset": "shards", "csv": "csv_file", "huggingface": "dataset_name"}
 """Backend -> its key that names files, relative to the working directory or to the config."""
 _LARGEST_AREA_MEGAPIXELS = 16.0
@@ -86,7 +94,9 @@ def _dataset(
     read_shuffle(own, where, findings)
     deprecated.replace_values(own, f"{where}: ", findings)
     rounding_is_alignment(own, "alignment", f"{where}: ", findings)
-    switch_off(own, (*_SIZES[1:], "minimum_aspect_ratio", "maximum_aspect_ratio", "max_num_samples"))
+    switch_off(
+        own, (*_SIZES[1:], "minimum_aspect_ratio", "maximum_aspect_ratio", "max_num_samples", "end_step", "end_epoch")
+    )
     values = _inherited(own, context) | {key: value for key, value in own.items() if key not in _ENTRY_KEYS}
     _sizes_in_unit(values, own, where, findings)
     values["options"] = options
@@ -206,6 +216,10 @@ def _check_bounds(dataset: DatasetConfig, where: str, findings: Findings) -> Non
         least, most = getattr(dataset, low), getattr(dataset, high)
         if least is not None and most is not None and least > most:
             findings.problems.append(f"{where}: {low}: {least:g} is above {high} {most:g}, so no image is left")
+    step, epoch = (dataset.start_step, dataset.end_step), (dataset.start_epoch - 1, dataset.end_epoch)
+    for unit, (start, end) in {"step": step, "epoch": epoch}.items():
+        if end is not None and end <= start:
+            findings.problems.append(f"{where}: end_{unit}: {end} is not behind start_{unit}, so no image is shown")
     needs_prompt = dataset.caption_strategy == "instanceprompt" or dataset.prepend_instance_prompt
     if (needs_prompt or dataset.only_instance_prompt) and not dataset.instance_prompt:
         findings.problems.append(f"{where}: instance_prompt: required, because captions are to use it")

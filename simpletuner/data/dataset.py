@@ -5,10 +5,11 @@ Features are read from the caches; those of datasets that are not cached are mad
 Shapes: B samples of this rank, C latent channels, h w latent size, H W pixels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from itertools import count, takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from simpletuner.batch import Batch, Cond
 from simpletuner.data.cache import Reader
 from simpletuner.data.identity import Encoding, Ranks, ahead, text_key
 from simpletuner.data.precompute import NUM_DECODERS, Cache
-from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, share
+from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, Window, share
 from simpletuner.data.streaming import LiveEncoders, Pictures, live_parts
 from simpletuner.randomness import Randomness
 
@@ -79,6 +80,7 @@ class CachedDataset:
         ranks: Ranks | None = None,
         pin_memory: bool = False,
         encoding: Encoding | None = None,
+        windows: Mapping[str, Window] | None = None,
     ) -> None:
         """Resolves where each image's features are, and reads none; loads the encoders of what is not cached.
 
@@ -90,6 +92,7 @@ class CachedDataset:
             ranks: Which share of each batch is this process's.
             pin_memory: Page-lock batches, for faster copies to a CUDA device.
             encoding: Who encodes what is not cached; None: everything is.
+            windows: Dataset id -> when it is shown; those that are not named always are.
         """
         self._ranks = ranks or Ranks()
         self._uncond, self._dropout, self._pin = uncond, caption_dropout, pin_memory
@@ -114,6 +117,7 @@ class CachedDataset:
                     manifest.dataset.train_batch_size * self._ranks.world,
                     manifest.dataset.repeats,
                     manifest.dataset.probability,
+                    (windows or {}).get(manifest.dataset.id, Window()),
                 )
                 for manifest, images in zip(cache.manifests, self._images, strict=True)
             ],
@@ -125,27 +129,31 @@ class CachedDataset:
         """Dataset id -> global batches of one of its epochs."""
         return {dataset.id: dataset.num_batches for dataset in self.sampler.datasets}
 
-    def batches(self, position: Position | None = None) -> Iterator[tuple[Batch, Position]]:
-        """Yields (batch of this rank, position behind it), for ever; later batches are read meanwhile by a thread.
+    def batches(self, position: Position | None = None, drawn: int = 0) -> Iterator[tuple[Batch, Position]]:
+        """Yields (batch of this rank, position behind it), as long as a dataset is shown.
+
+        Later batches are read meanwhile by a thread.
 
         Save the position of the last batch that was trained on: what was only prefetched is not in it.
 
         Args:
             position: Where to go on; None: the beginning.
+            drawn: Batches that the run has drawn before.
         """
+        draws = self._draws(position, drawn)
         with (
             ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="pictures") as decoders,
             ThreadPoolExecutor(1, thread_name_prefix="batches") as pool,
-            closing(ahead(pool, lambda item: self._read(*item, decoders), self._draws(position), _PREFETCHED)) as read,
+            closing(ahead(pool, lambda item: self._read(*item, decoders), draws, _PREFETCHED)) as read,
         ):
             for batch, after in read:
                 yield self._encoded(batch), after
 
-    def _draws(self, position: Position | None) -> Iterator[tuple[Draw, Position]]:
+    def _draws(self, position: Position | None, drawn: int) -> Iterator[tuple[Draw, Position]]:
         """Yields which images make each batch, and the position behind it."""
         after = self.sampler.start(position)
-        while True:
-            draw, after = self.sampler.next(after)
+        for number in takewhile(self.sampler.shows, count(drawn)):
+            draw, after = self.sampler.next(after, number)
             yield draw, after
 
     def _read(self, draw: Draw, after: Position, decoders: ThreadPoolExecutor) -> tuple[_Read, Position]:

@@ -8,7 +8,7 @@ of ten million images no memory.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 import numpy as np
@@ -40,6 +40,20 @@ class Position(TypedDict):
 
 
 @dataclass(frozen=True)
+class Window:
+    """When a dataset is shown, in batches of all ranks since the beginning of the run."""
+
+    start: int = 0
+    """So many batches are drawn before."""
+    end: int | None = None
+    """So many have been drawn when it is over; None: it is shown to the end."""
+
+    def __contains__(self, drawn: int) -> bool:
+        """Returns whether the dataset may be shown after so many batches."""
+        return self.start <= drawn and (self.end is None or drawn < self.end)
+
+
+@dataclass(frozen=True)
 class SampledDataset:
     """What the sampler knows of a dataset."""
 
@@ -49,6 +63,7 @@ class SampledDataset:
     """Images of a batch on all ranks together."""
     repeats: int = 0
     probability: float = 1.0
+    window: Window = field(default_factory=Window)
 
     @property
     def num_batches(self) -> int:
@@ -128,28 +143,43 @@ class Sampler:
             },
         )
 
-    def next(self, position: Position) -> tuple[Draw, Position]:
-        """Returns the batch at a position, and the position behind it; the argument is not changed."""
-        number = self._turn(position)
+    def shows(self, drawn: int) -> bool:
+        """Returns whether any dataset is shown after so many batches."""
+        return any(drawn in dataset.window for dataset in self.datasets if dataset.probability > 0)
+
+    def next(self, position: Position, drawn: int = 0) -> tuple[Draw, Position]:
+        """Returns the batch at a position, and the position behind it; the argument is not changed.
+
+        Args:
+            position: As ``start`` or an earlier call returned it.
+            drawn: Batches that the run has drawn so far; some dataset is shown after these.
+        """
+        number, turns = self._turn(position, drawn)
         dataset = self.datasets[number]
         at = position["datasets"][dataset.id]
         epoch, batch = (at["epoch"], at["batch"]) if at["batch"] < dataset.num_batches else (at["epoch"] + 1, 0)
         if number not in self._epochs or self._epochs[number].number != epoch:
             self._epochs[number] = _Epoch(dataset, self._seed, epoch)
         bucket, members = self._epochs[number].batch(batch)
-        after = DatasetPosition(epoch=epoch, batch=batch + 1, turns=at["turns"] + 1)
+        after = DatasetPosition(epoch=epoch, batch=batch + 1, turns=turns + 1)
         return Draw(number, bucket, members, position["samples"]), Position(
             samples=position["samples"] + len(members), datasets={**position["datasets"], dataset.id: after}
         )
 
-    def _turn(self, position: Position) -> int:
-        """Returns whose turn it is: the dataset that would be least ahead of its probability afterwards."""
-        ahead = [
-            ((position["datasets"][d.id]["turns"] + 1) / d.probability, number)
-            for number, d in enumerate(self.datasets)
-            if d.probability > 0
-        ]
-        return min(ahead)[1]
+    def _turn(self, position: Position, drawn: int) -> tuple[int, int]:
+        """Returns whose turn it is, and how many turns that dataset has had.
+
+        It is the dataset that would be least ahead of its probability afterwards. One whose window has just opened
+        counts as having had the turns that it would have had, as one that joins a run does.
+        """
+        had = {d.id: position["datasets"][d.id]["turns"] for d in self.datasets}
+        shown = [(n, d) for n, d in enumerate(self.datasets) if d.probability > 0 and drawn in d.window]
+        pace = min((had[d.id] / d.probability for _, d in shown if had[d.id] or not d.window.start), default=0.0)
+        for _, dataset in shown:
+            if dataset.window.start and not had[dataset.id]:
+                had[dataset.id] = int(pace * dataset.probability)
+        _, number, turns = min(((had[d.id] + 1) / d.probability, n, had[d.id]) for n, d in shown)
+        return number, turns
 
 
 class Shuffle:

@@ -18,6 +18,8 @@ from simpletuner.training.resume_rules import Rule, compare
 from simpletuner.training.state import TrainState
 
 _LOG = logging.getLogger(__name__)
+_ORDER = ("train_batch_size", "repeats", "probability", "start_step", "end_step", "start_epoch", "end_epoch")
+"""Keys of a dataset that the order of a run depends on."""
 
 
 def save(plan: Plan, run: Run, state: TrainState) -> None:
@@ -93,9 +95,8 @@ def _method_rules(plan: Plan) -> dict[str, Rule]:
 
 def _datasets(plan: Plan) -> dict[str, dict[str, Any]]:  # Any: JSON
     """Returns what a resumed run compares its data with: all that the order of an epoch depends on."""
-    keys = ("train_batch_size", "repeats", "probability")
     return {
-        summary.config.id: {"images": summary.num_images, **{key: getattr(summary.config, key) for key in keys}}
+        summary.config.id: {"images": summary.num_images, **{key: getattr(summary.config, key) for key in _ORDER}}
         for summary in plan.datasets
     }
 
@@ -105,7 +106,7 @@ def _changed_data(plan: Plan, loaded: Loaded) -> list[str]:
     before, now = loaded.state["datasets"], _datasets(plan)
     processes = loaded.state["processes"]
     batches = f"{processes} processes until the checkpoint, {plan.world} from here on: the order of the epoch changes"
-    keys = ("images", "train_batch_size", "repeats", "probability")
+    keys = ("images", *_ORDER)
     pairs = [
         (name, key, before.get(name, {}).get(key, "none"), now.get(name, {}).get(key, "none"))
         for name in sorted(before.keys() | now.keys())

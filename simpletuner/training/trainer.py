@@ -82,7 +82,8 @@ class Trainer:
         state = self.state
         for hook in self.hooks:
             hook.on_start(state)
-        batches = self.run.dataset.batches(state.position)
+        drawn = state.step * self.settings.gradient_accumulation_steps
+        batches = self.run.dataset.batches(state.position, drawn)
         self._meter.start()
         with StopRequest() as stop:
             while not state.finished and state.stopped_by is None:

@@ -164,6 +164,8 @@ def test_caches_must_differ(run: Run) -> None:
             {"minimum_image_size": 900, "maximum_image_size": 800},
             "minimum_image_size: 900 is above maximum_image_size 800",
         ),
+        ({"start_step": 5, "end_step": 5}, "end_step: 5 is not behind start_step, so no image is shown"),
+        ({"start_epoch": 3, "end_epoch": 2}, "end_epoch: 2 is not behind start_epoch, so no image is shown"),
         ({"instance_data_dir": None}, "instance_data_dir: required"),
         ({"instance_data_dir": "config.json"}, "is not a folder"),
         ({"probability": 0}, "probability: it is 0 for every dataset"),

@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simpletuner.data import sampler
-from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, Shuffle, share
+from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, Shuffle, Window, share
 
 PUBLISHED = [(100, 6, 100), (1000, 5, 7, 33)]
 ORDER_OF_MANY = [4340862, 7502359, 6780243, 1613479]
 
 
-def draws(source: Sampler, count: int, position: Position | None = None) -> tuple[list[Draw], Position]:
+def draws(source: Sampler, count: int, position: Position | None = None, drawn: int = 0) -> tuple[list[Draw], Position]:
     position = source.start(position)
     found: list[Draw] = []
-    for _ in range(count):
-        draw, position = source.next(position)
+    for number in range(count):
+        draw, position = source.next(position, drawn + number)
         found.append(draw)
     return found, position
 
@@ -159,6 +159,33 @@ def test_a_dataset_that_joins_does_not_crowd_out_the_others():
     _, position = draws(Sampler([old], 0), 100)
     found, _ = draws(Sampler([old, SampledDataset("new", (50,), 1)], 0), 20, position)
     assert [draw.dataset for draw in found].count(1) == 10
+
+
+STAGES = [
+    SampledDataset("small", (50, 3), 2, window=Window(0, 30)),
+    SampledDataset("always", (40,), 2, probability=0.5),
+    SampledDataset("large", (50,), 2, window=Window(20)),
+]
+
+
+def test_datasets_are_shown_in_their_windows_only():
+    shown = [draw.dataset for draw in draws(Sampler(STAGES, 0), 60)[0]]
+    assert [shown[:20].count(n) for n in range(3)] == pytest.approx([13, 7, 0], abs=1)
+    assert [shown[20:30].count(n) for n in range(3)] == pytest.approx([4, 2, 4], abs=1)
+    assert [shown[30:].count(n) for n in range(3)] == pytest.approx([0, 10, 20], abs=1)
+    never = Sampler([STAGES[0]], 0)
+    assert [never.shows(drawn) for drawn in (0, 29, 30, 99)] == [True, True, False, False]
+    assert not Sampler([SampledDataset("a", (8,), 4, probability=0.0)], 0).shows(0)
+
+
+@pytest.mark.parametrize("cut", [0, 19, 20, 21, 29, 30, 45])
+def test_a_run_of_stages_resumes_anywhere(cut: int):
+    straight, _ = draws(Sampler(STAGES, 7), 60)
+    _, position = draws(Sampler(STAGES, 7), cut)
+    resumed, _ = draws(Sampler(STAGES, 7), 60 - cut, json.loads(json.dumps(position)), cut)
+    assert [(d.dataset, d.members.tolist()) for d in straight[cut:]] == [
+        (d.dataset, d.members.tolist()) for d in resumed
+    ]
 
 
 def test_a_shrunken_dataset_goes_on_with_its_next_epoch():
