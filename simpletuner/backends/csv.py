@@ -52,7 +52,7 @@ class Csv:
         self._shards = {shard.id: shard for shard in named(of_source, self._file.parent)}
         self._captions = dict(zip(self._shards, of_source.values(), strict=True))
         self._downloads = Downloads(
-            options.csv_cache_dir or dataset.cache_dir_vae / "images",
+            options.csv_cache_dir or dataset.files_folder / "images",
             options,
             what="image",
             suffix=".image",

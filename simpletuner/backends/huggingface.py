@@ -38,7 +38,7 @@ class HuggingFace:
         self._dataset, self._options = dataset, own_options(dataset, Options)
         self._where = f"dataset '{dataset.id}': "
         which = f"{self._path} {self._options.dataset_config_name} {self._options.revision}"
-        self._prepared = dataset.cache_dir_vae / f"rows-{hashlib.blake2b(which.encode(), digest_size=6).hexdigest()}"
+        self._prepared = dataset.files_folder / f"rows-{hashlib.blake2b(which.encode(), digest_size=6).hexdigest()}"
         self._lock = threading.Lock()
         self._opened: tuple[Rows, Rows, str] | None = None
 

@@ -44,7 +44,7 @@ class WebDataset:
         self._shards = {shard.id: shard for shard in shards}
         self._indices: dict[str, TarIndex] = {}
         self._locks = {shard.id: threading.Lock() for shard in shards}
-        self._folder = dataset.cache_dir_vae / "shards"
+        self._folder = dataset.files_folder / "shards"
         self._downloads = Downloads(self._folder, self._options)
 
     def list_images(self, fetch: bool = True) -> Iterator[FileEntry]:

@@ -28,6 +28,7 @@ class DatasetConfig(Section):
     dataset_type: Literal["image"] = setting("image", "must_match", "What the dataset holds.")
     instance_data_dir: Path = setting(Path(), "may_change", "Folder with the images; it is only ever read.")
     cache_dir_vae: Path = setting(..., "free", "Folder for the manifest and the cached latents.")
+    files_dir: Path | None = setting(None, "free", "Folder for what is downloaded. Default: cache_dir_vae.")
     resolution: float = setting(1024.0, "may_change", "Size that images are scaled to.", gt=0)
     resolution_type: ResolutionType = setting("pixel_area", "may_change", "Unit of all sizes of the dataset.")
     aspect_bucket_rounding: int = setting(2, "may_change", "Decimals of the aspect ratio of a bucket.", ge=1, le=9)
@@ -94,6 +95,11 @@ class DatasetConfig(Section):
     )
     metadata_backend: Literal["discovery"] = setting("discovery", "free", "Where image sizes come from.")
     options: dict[str, Json] = setting({}, "free", "Keys of a backend other than local, checked by that backend.")
+
+    @property
+    def files_folder(self) -> Path:
+        """The folder for what is downloaded; the same for all resolutions of an entry."""
+        return self.files_dir or self.cache_dir_vae
 
     @field_serializer("options")
     def _without_secrets(self, options: dict[str, Json]) -> dict[str, Json]:

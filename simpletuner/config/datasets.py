@@ -1,5 +1,6 @@
 """Reads the entries of the data backend file into datasets and the text cache."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -27,7 +28,7 @@ _INHERITED = (
     "text_cache_disable",
 )
 _ENTRY_KEYS = frozenset({"disabled", "default", "cache_dir", "text_embeds", "image_embeds", "aspect_bucket_alignment"})
-_DATASET_KEYS = frozenset(DatasetConfig.model_fields) - {"options", "alignment"} | _ENTRY_KEYS
+_DATASET_KEYS = frozenset(DatasetConfig.model_fields) - {"options", "alignment", "files_dir"} | _ENTRY_KEYS
 _SWITCHED_OFF_BY_ZERO = (
     *_SIZES[1:],
     "minimum_aspect_ratio",
@@ -65,14 +66,35 @@ def read_datasets(
         values = tidied(entry, index, context, findings)
         if values is None:
             continue
-        if str(values["id"]) in ids:
-            findings.problems.append(f"{context.label}: the id '{values['id']}' is used twice; ids must differ")
-        ids.add(str(values["id"]))
-        by_type[str(values.get("dataset_type", "image"))].append(values)
+        for own in _in_each_resolution(values, context, findings):
+            if str(own["id"]) in ids:
+                findings.problems.append(f"{context.label}: the id '{own['id']}' is used twice; ids must differ")
+            ids.add(str(own["id"]))
+            by_type[str(own.get("dataset_type", "image"))].append(own)
     text_cache_config, shared = text_cache(by_type["text_embeds"], context, findings)
     datasets = tuple(_dataset(shared | entry, by_type, context, findings) for entry in by_type["image"])
     _check_together(datasets, by_type, context, findings)
     return datasets, text_cache_config
+
+
+def _in_each_resolution(entry: dict[str, Json], context: Context, findings: Findings) -> list[dict[str, Json]]:
+    """Returns the entry for each of its resolutions; their ids and caches differ, and they share its probability."""
+    written = entry.get("resolution")
+    if not isinstance(written, list):
+        return [entry]
+    sizes = [number(size) for size in written]
+    if None in sizes or len(set(sizes)) != len(sizes) or not sizes:
+        findings.problems.append(
+            f"{context.label}: dataset '{entry['id']}': resolution: {json.dumps(written)} is no list of different sizes"
+        )
+        return [{key: value for key, value in entry.items() if key != "resolution"}]
+    if len(sizes) == 1:
+        return [entry | {"resolution": written[0]}]
+    probability = number(entry.get("probability", 1.0))
+    shared = {} if probability is None else {"probability": probability / len(sizes)}
+    return [
+        entry | shared | {"id": f"{entry['id']}-{size:g}", "resolution": size, "_of": entry["id"]} for size in sizes
+    ]
 
 
 def _dataset(
@@ -81,6 +103,7 @@ def _dataset(
     """Returns one image dataset with everything that it inherits."""
     where = f"{context.label}: dataset '{entry['id']}'"
     own = dict(entry)
+    of = str(own.pop("_of", ""))
     kind = str(own.get("type", "local"))
     options: dict[str, Json] = {}
     if kind == "local":
@@ -100,7 +123,9 @@ def _dataset(
     values = _inherited(own, context) | {key: value for key, value in own.items() if key not in _ENTRY_KEYS}
     _sizes_in_unit(values, own, where, findings)
     values["options"] = options
-    values["cache_dir_vae"] = str(latent_folder(own, by_type, context, findings, where))
+    folder = latent_folder(own | ({"id": of} if of else {}), by_type, context, findings, where)
+    values["cache_dir_vae"] = str(folder / f"{number(own['resolution']):g}" if of else folder)
+    values["files_dir"] = str(folder)
     if kind == "local":
         _resolve_folder(values, context, where, findings)
     elif kind in _NAMES:

@@ -41,6 +41,14 @@ def test_images_are_fetched_once_and_have_their_captions(tmp_path: Path, server:
     assert not list((tmp_path / "cache").rglob("*.part"))
 
 
+def test_several_resolutions_of_an_entry_download_once(tmp_path: Path, server: Server):
+    settings = listed(tmp_path, f"{server.url}/0.png,a", f"{server.url}/1.png,b")
+    for size in ("256", "512"):
+        own = {"cache_dir_vae": tmp_path / "cache" / size, "files_dir": tmp_path / "cache"}
+        assert len(scanned(settings.model_copy(update=own)).ids) == 2
+    assert sorted(server.requests) == ["/0.png", "/1.png"]
+
+
 def test_columns_may_have_other_names_and_files_may_be_here(tmp_path: Path):
     (tmp_path / "pictures").mkdir()
     for name in ("a.png", "a.jpg"):

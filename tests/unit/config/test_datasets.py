@@ -59,6 +59,26 @@ def test_inherited_sizes_change_their_unit(run: Run) -> None:
     assert (dataset.resolution, dataset.maximum_image_size) == (1000, 2000)
 
 
+def test_several_resolutions_are_several_datasets(run: Run) -> None:
+    entries = [images(resolution=[0.25, "1.0"], resolution_type="area", probability=0.5, repeats=2), images(id="b")]
+    first, second, other = run.load({}, entries).datasets
+    assert (first.id, second.id, other.id) == ("images-0.25", "images-1", "b")
+    assert (first.resolution, second.resolution) == (0.25, 1.0)
+    assert (first.probability, second.probability, first.repeats, second.repeats) == (0.25, 0.25, 2, 2)
+    folder = run.working_dir / "simpletuner-results" / "cache" / "vae" / "sdxl" / "images"
+    assert (first.cache_dir_vae, second.cache_dir_vae) == (folder / "0.25", folder / "1")
+    assert first.files_folder == second.files_folder == folder
+    assert other.files_folder == other.cache_dir_vae
+    entry = images(resolution=[512, 1024], cache_dir_vae="c/{id}")
+    first, second = run.load({}, [entry]).datasets
+    folder = run.working_dir / "c" / "images"
+    assert (first.cache_dir_vae, second.cache_dir_vae) == (folder / "512", folder / "1024")
+    (only,) = run.load({}, [images(resolution=[512])]).datasets
+    assert (only.id, only.resolution) == ("images", 512)
+    # each size may be in the other unit, as a single one may
+    assert [d.resolution for d in run.load({}, [images(resolution=[0.25, 1024])]).datasets] == [500, 1024]
+
+
 @pytest.mark.parametrize(
     ("value", "kind", "expected"),
     [
@@ -140,6 +160,8 @@ def test_several_text_caches(run: Run) -> None:
 def test_ids_must_differ(run: Run) -> None:
     lines = run.problems({}, [images(), images(cache_dir_vae="other")])
     assert lines == ["multidatabackend.json: the id 'images' is used twice; ids must differ"]
+    lines = run.problems({}, [images(resolution=[512, 1024]), images(id="images-512")])
+    assert lines == ["multidatabackend.json: the id 'images-512' is used twice; ids must differ"]
 
 
 def test_caches_must_differ(run: Run) -> None:
@@ -166,6 +188,9 @@ def test_caches_must_differ(run: Run) -> None:
         ),
         ({"start_step": 5, "end_step": 5}, "end_step: 5 is not behind start_step, so no image is shown"),
         ({"start_epoch": 3, "end_epoch": 2}, "end_epoch: 2 is not behind start_epoch, so no image is shown"),
+        ({"resolution": [512, 512]}, "resolution: [512, 512] is no list of different sizes"),
+        ({"resolution": [512, "x"]}, 'resolution: [512, "x"] is no list of different sizes'),
+        ({"resolution": []}, "resolution: [] is no list of different sizes"),
         ({"instance_data_dir": None}, "instance_data_dir: required"),
         ({"instance_data_dir": "config.json"}, "is not a folder"),
         ({"probability": 0}, "probability: it is 0 for every dataset"),
