@@ -85,7 +85,7 @@ class DatasetConfig(Section):
         False, "free", "Never delete entries of the cache.", inert="nothing is ever deleted from a cache"
     )
     vae_cache_clear_each_epoch: bool = setting(
-        False, "free", "Encode the latents again after each epoch.", inert="they would be the same: crops do not change"
+        False, "may_change", "With random crops: cut an image anew each time; it is then encoded while training."
     )
     vae_cache_disable: bool = setting(
         False, "may_change", "Encode the images while training, and cache no latents: the VAE stays loaded."

@@ -132,6 +132,7 @@ def _dataset(
         values["instance_data_dir"] = str(
             _folder_of_names(own.get("instance_data_dir"), options.get(_NAMES[kind]), context)
         )
+    _cut_anew(values, where, findings)
     dataset = build(DatasetConfig, values, f"{where}: ", findings)
     _check_bounds(dataset, where, findings)
     if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
@@ -156,6 +157,20 @@ def _read_strategy(own: dict[str, Json], kind: str, where: str, findings: Findin
             f"{where}: caption_strategy: '{strategy}' goes with a dataset of that type, and this one is '{kind}'; "
             "textfile takes what is beside the images"
         )
+
+
+def _cut_anew(values: dict[str, Json], where: str, findings: Findings) -> None:
+    """Reads ``vae_cache_clear_each_epoch`` as what it is wanted for: random crops that differ each time, in place."""
+    key = "vae_cache_clear_each_epoch"
+    if str(values.get(key, "")).lower() != "true":
+        return
+    if str(values.get("crop_style")).lower() == "random":
+        values["vae_cache_disable"] = True
+        told = "each image is cut anew each time it is shown; so it is encoded while training, and no latents are kept"
+        findings.notices.append(f"{where}: {key}: {told}")
+    else:
+        del values[key]
+        findings.notices.append(f"{where}: {key}: has no effect: only random crops change (crop_style)")
 
 
 def _inherited(own: dict[str, Json], context: Context) -> dict[str, Json]:

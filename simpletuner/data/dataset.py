@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from simpletuner.batch import Batch, Cond
+from simpletuner.config.backends import DatasetConfig
 from simpletuner.data.cache import Reader
+from simpletuner.data.geometry import cut_anew
 from simpletuner.data.identity import Encoding, Ranks, ahead, text_key
 from simpletuner.data.precompute import NUM_DECODERS, Cache
 from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, Window, share
@@ -46,6 +48,8 @@ class _Images:
     reader: Reader
     pictures: Pictures | None
     """In place of ``latents``, which are then empty, where these are not cached."""
+    cut_anew: DatasetConfig | None
+    """The dataset, where an image is cut anew each time it is shown."""
     vae_batch_size: int
     caption_starts: npt.NDArray[np.int64]
     """[n + 1] where in ``captions``, or ``texts``, an image's own begin."""
@@ -165,7 +169,9 @@ class CachedDataset:
         if images.pictures is None:
             batch = replace(batch, **stacked([images.reader.row(*own) for own in images.latents[ways, rows].tolist()]))
         else:
-            pixels, good = images.pictures.read(batch.ids, batch.geometry, ways.astype(bool).tolist(), decoders)
+            crop_ids = self._crop_ids(batch.position) if images.cut_anew else batch.ids
+            mirrored = ways.astype(bool).tolist()
+            pixels, good = images.pictures.read(batch.ids, crop_ids, batch.geometry, mirrored, decoders)
             batch = replace(batch, weight=batch.weight * good)
         if not texts:
             cond = stacked([self._text.row(*own) for own in images.captions[choices].tolist()])
@@ -188,18 +194,25 @@ class CachedDataset:
         dropped = torch.zeros(len(rows), dtype=torch.bool)
         if self._dropout > 0:
             dropped = self._randomness.uniform("caption_dropout", positions) < self._dropout
+        geometry = images.geometry[ways, rows]
+        if images.cut_anew is not None:
+            geometry = cut_anew(images.cut_anew, self._crop_ids(positions), geometry, ways.astype(bool))
         batch = Batch(
             mean=torch.empty(0),
             std=None,
             cond={},
             dropped=dropped,
-            geometry=torch.from_numpy(images.geometry[ways, rows]),  # pyright: ignore[reportUnknownMemberType]
+            geometry=torch.from_numpy(geometry),  # pyright: ignore[reportUnknownMemberType]
             position=positions,
             weight=torch.full((len(rows),), weight),
             ids=tuple(images.ids[row] for row in rows),
             global_weight=float(len(draw.members)),
         )
         return batch, rows, ways
+
+    def _crop_ids(self, positions: Tensor) -> list[str]:
+        """Returns what decides the crops of samples whose images are cut anew: their places in the run."""
+        return [f"{self._randomness.seed}/{position}" for position in positions.tolist()]
 
     def _encoded(self, read: _Read) -> Batch:
         """Returns a batch with what is not cached encoded."""
@@ -282,6 +295,7 @@ def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, .
         latents=np.asarray(latents, np.int32),
         reader=Reader(index.shards),
         pictures=Pictures(dataset) if dataset.vae_cache_disable else None,
+        cut_anew=dataset if dataset.vae_cache_clear_each_epoch else None,
         vae_batch_size=dataset.vae_batch_size,
         caption_starts=np.cumsum([0, *map(len, captions)], dtype=np.int64),
         captions=np.asarray(places, np.int32).reshape(-1, 2),

@@ -20,6 +20,8 @@ Size = tuple[int, int]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Told = npt.NDArray[np.float32]
 
 _SQUARE_TOLERANCE = 0.05  # megapixels within which an area means one of the usual squares, not its square root
 
@@ -128,6 +130,30 @@ def cuts(dataset: DatasetConfig, image_ids: Sequence[str], width: Ints, height: 
     elif dataset.crop_style == "random":
         place = _random(image_ids) % (slack + 1)
     return np.concatenate([resized, place], axis=1)
+
+
+def time_ids(width: Ints, height: Ints, cut: Ints, target: Size, mirrored: Bools) -> Told:
+    """Returns [n, 6] what the network is told of n images, in the order of ``Geometry.numbers``.
+
+    Of a mirrored image what is cut off on the right is on the left.
+
+    Args:
+        width: Of the upright images.
+        height: Of the upright images.
+        cut: As ``cuts`` returns it.
+        target: Of all of them.
+        mirrored: Which are shown mirrored.
+    """
+    left = np.where(mirrored, cut[:, 0] - cut[:, 2] - target[0], cut[:, 2])
+    columns = [height, width, cut[:, 3], left, np.full(len(cut), target[1]), np.full(len(cut), target[0])]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def cut_anew(dataset: DatasetConfig, crop_ids: Sequence[str], numbers: Told, mirrored: Bools) -> Told:
+    """Returns ``time_ids`` [n, 6] of the same images with random crops that other ids decide."""
+    height, width = numbers[:, :2].T.astype(np.int64)
+    target = int(numbers[0, 5]), int(numbers[0, 4])
+    return time_ids(width, height, cuts(dataset, crop_ids, width, height, target), target, mirrored)
 
 
 def _random(image_ids: Sequence[str]) -> Ints:

@@ -17,7 +17,7 @@ from simpletuner.backends._base import Backend, open_backend
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
 from simpletuner.data.buckets import Bucket, assign
 from simpletuner.data.cache import Store, digest, write_atomically
-from simpletuner.data.geometry import Size, cuts
+from simpletuner.data.geometry import Size, cuts, time_ids
 from simpletuner.data.manifest import Manifest, Progress, integers, manifest_path, strings, write_manifest
 from simpletuner.data.transforms import TRANSFORM_VERSION
 from simpletuner.families._base import Encoders, ModelFamily, Part
@@ -128,14 +128,11 @@ def keyed_buckets(manifest: Manifest) -> list[KeyedBucket]:
             latent_key(digests[row], own, bucket.target) if digests[row] else ""
             for row, own in zip(bucket.entries.tolist(), cut.tolist(), strict=True)
         )
-        target = np.tile(bucket.target[::-1], (len(ids), 1))
-        numbers = np.concatenate([np.stack([height, width, cut[:, 3], cut[:, 2]], axis=1), target], axis=1)
-        mirrored = None
-        if dataset.random_flip:
-            left = (cut[:, 0] - cut[:, 2] - bucket.target[0])[:, None]
-            flipped = np.concatenate([numbers[:, :3], left, numbers[:, 4:]], axis=1).astype(np.float32)
-            mirrored = KeyedBucket(bucket, tuple(map(mirrored_key, keys)), flipped)
-        found.append(KeyedBucket(bucket, keys, numbers.astype(np.float32), mirrored))
+        upright, flipped = (
+            time_ids(width, height, cut, bucket.target, np.full(len(ids), way)) for way in (False, True)
+        )
+        mirrored = KeyedBucket(bucket, tuple(map(mirrored_key, keys)), flipped) if dataset.random_flip else None
+        found.append(KeyedBucket(bucket, keys, upright, mirrored))
     return found
 
 

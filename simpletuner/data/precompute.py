@@ -268,12 +268,12 @@ def _decode(backend: Backend, shard: _Shard, row: int) -> Tensor | str | None:
         return str(error)
 
 
-def cut_image(dataset: DatasetConfig, image_id: str, size: Size, file: BinaryIO, mirrored: bool) -> Tensor:
+def cut_image(dataset: DatasetConfig, crop_id: str, size: Size, file: BinaryIO, mirrored: bool) -> Tensor:
     """Returns the pixels [3, H, W] of an image as it is trained on.
 
     Args:
         dataset: Says what is done to the image.
-        image_id: Decides a random crop.
+        crop_id: Decides a random crop: the image's own id, unless it is cut anew each time.
         size: Width and height as scanned.
         file: The image file.
         mirrored: Whether it is shown mirrored.
@@ -281,7 +281,7 @@ def cut_image(dataset: DatasetConfig, image_id: str, size: Size, file: BinaryIO,
     Raises:
         BadImage: It is broken, or of another size.
     """
-    pixels = to_pixels(open_rgb(file), geometry(dataset, image_id, *size))
+    pixels = to_pixels(open_rgb(file), geometry(dataset, crop_id, *size))
     return pixels.flip(-1) if mirrored else pixels
 
 

@@ -66,12 +66,18 @@ class Pictures:
         self._in_a_row = 0
 
     def read(
-        self, ids: Sequence[str], geometry: Tensor, mirrored: Sequence[bool], pool: ThreadPoolExecutor
+        self,
+        ids: Sequence[str],
+        crop_ids: Sequence[str],
+        geometry: Tensor,
+        mirrored: Sequence[bool],
+        pool: ThreadPoolExecutor,
     ) -> tuple[Tensor, Tensor]:
         """Returns the pixels [B, 3, H, W], and [B] float32 weights: 0 for an image that cannot be read.
 
         Args:
             ids: Of B images that are trained at one size.
+            crop_ids: What decides their random crops.
             geometry: [B, 6] as a batch has it.
             mirrored: Which are shown mirrored.
             pool: Decodes them.
@@ -80,7 +86,7 @@ class Pictures:
             UserError: Too many in a row cannot be read.
         """
         sizes = [(width, height) for height, width in geometry[:, :2].int().tolist()]
-        read = list(pool.map(self._read, ids, sizes, mirrored))
+        read = list(pool.map(self._read, ids, crop_ids, sizes, mirrored))
         for image_id, image in zip(ids, read, strict=True):
             self._judge(image_id, image)
         height, width = geometry[0, 4:].int().tolist()
@@ -88,11 +94,11 @@ class Pictures:
         pixels = torch.stack([blank if isinstance(image, str) else image for image in read])
         return pixels, torch.tensor([float(isinstance(image, Tensor)) for image in read])
 
-    def _read(self, image_id: str, size: Size, mirrored: bool) -> Tensor | str:
+    def _read(self, image_id: str, crop_id: str, size: Size, mirrored: bool) -> Tensor | str:
         """Returns the pixels [3, H, W] of an image, or why it has none."""
         try:
             with self._backend.open(image_id) as file:
-                return cut_image(self._dataset, image_id, size, file, mirrored)
+                return cut_image(self._dataset, crop_id, size, file, mirrored)
         except (BadImage, OSError) as error:
             return str(error)
 

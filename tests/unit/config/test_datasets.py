@@ -243,11 +243,20 @@ def test_caches_are_disabled_for_all_datasets_or_for_one(run: Run) -> None:
 
 
 def test_settings_without_effect_are_told(run: Run) -> None:
-    config = run.load({}, [images(vae_cache_clear_each_epoch=True, preserve_data_backend_cache=False)])
+    config = run.load({}, [images(vae_cache_clear_each_epoch=True, preserve_data_backend_cache=True)])
+    where = "multidatabackend.json: dataset 'images': "
     assert config.notices == (
-        "multidatabackend.json: dataset 'images': vae_cache_clear_each_epoch: has no effect: they would be the same: "
-        "crops do not change",
+        f"{where}vae_cache_clear_each_epoch: has no effect: only random crops change (crop_style)",
+        f"{where}preserve_data_backend_cache: has no effect: nothing is ever deleted from a cache",
     )
+
+
+def test_a_cache_that_is_cleared_each_epoch_means_other_crops_each_time(run: Run) -> None:
+    config = run.load({}, [images(vae_cache_clear_each_epoch="true", crop=True, crop_style="random")])
+    (dataset,) = config.datasets
+    assert dataset.vae_cache_clear_each_epoch
+    assert dataset.vae_cache_disable
+    assert "each image is cut anew each time it is shown" in config.notices[0]
 
 
 def test_relative_shards_begin_where_they_exist(run: Run) -> None:

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from simpletuner.data.manifest import strings
 from simpletuner.data.precompute import outstanding, precompute, prepare
 from simpletuner.data.sampler import Position
 from tests.unit.backends.shards import scanned, shards, write_three_shards
-from tests.unit.data.support import CountingFamily, add_image, dataset, text_cache
+from tests.unit.data.support import CountingFamily, add_image, dataset, picture, text_cache
 
 LIVE = {"vae_cache_disable": True, "text_cache_disable": True}
 NUM_SAMPLES = 13
@@ -72,6 +73,33 @@ def test_the_batches_are_those_of_the_cached_dataset(tmp_path: Path, switches: d
     for (one, after), (two, then) in zip(take(cached, 20), take(live, 20), strict=True):
         require_same(one, two)
         assert after == then
+
+
+def test_images_are_cut_anew_each_time_they_are_shown(tmp_path: Path):
+    """The crop that the network is told is the one that was cut; ranks and resumed runs cut the same."""
+    for number, size in enumerate([(96, 64), (64, 160)]):
+        add_image(tmp_path / "images", f"{number}.png", size, number)
+    own = {"crop": True, "crop_style": "random", "random_flip": True, "vae_batch_size": 1, "vae_cache_disable": True}
+    config = dataset(tmp_path, vae_cache_clear_each_epoch=True, **own)
+    found = take(build(tmp_path, config), 40)
+    tops: dict[str, Counter[tuple[float, float]]] = {"0.png": Counter(), "1.png": Counter()}
+    for batch, _ in found:
+        for image_id, mean, told, position in zip(batch.ids, batch.mean, batch.geometry, batch.position, strict=True):
+            tops[image_id][tuple(told[2:4].tolist())] += 1
+            image = torch.from_numpy(np.array(picture(*told[[1, 0]].int().tolist(), int(image_id[0])))).permute(2, 0, 1)
+            top, left = told[2:4].int().tolist()
+            mirrored = [image, image.flip(-1)]
+            cuts = [way[:, top : top + 64, left : left + 64].float() / 127.5 - 1 for way in mirrored]
+            means = [torch.nn.functional.avg_pool2d(cut, 8) + 1e-6 for cut in cuts]
+            assert any(torch.allclose(mean, expected, atol=1e-5) for expected in means), (image_id, int(position))
+    assert len(tops["0.png"]) > 20  # of 33 places
+    assert len(tops["1.png"]) > 25  # of 97
+    assert [b.geometry.tolist() for b, _ in take(build(tmp_path, config), 9, found[29][1])] == [
+        b.geometry.tolist() for b, _ in found[30:39]
+    ]
+    ranks = [build(tmp_path, config.model_copy(update={"train_batch_size": 1}), ranks=Ranks(r, 2)) for r in range(2)]
+    for (whole, _), *parts in zip(found, *(take(rank, 40) for rank in ranks), strict=False):
+        assert torch.equal(whole.geometry, torch.cat([part.geometry for part, _ in parts]))
 
 
 def test_only_the_prompts_are_encoded_before_and_nothing_else_is_written(root: Path):
