@@ -7,9 +7,9 @@ from pathlib import PurePosixPath
 from typing import BinaryIO, Protocol, TypeVar
 
 from simpletuner import registry
-from simpletuner.config.backends import DatasetConfig
+from simpletuner.config.backends import DatasetConfig, RemoteFolder
 from simpletuner.config.errors import suggestion
-from simpletuner.config.fields import Section
+from simpletuner.config.fields import Json, Section
 from simpletuner.config.findings import Findings
 from simpletuner.config.values import build
 
@@ -79,6 +79,36 @@ class Backend(Protocol):
         ...
 
 
+class RemoteFiles(Protocol):
+    """A folder of a backend that can be written: a file appears in it whole, or not at all."""
+
+    def sizes(self) -> dict[str, int]:
+        """Returns name -> bytes of all files below the folder. Raises UserError."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Returns the content of a file. Raises UserError."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file. Raises UserError."""
+        ...
+
+
+class Owner(Protocol):
+    """An entry of the data backend file with keys of its backend."""
+
+    @property
+    def id(self) -> str:
+        """The entry's."""
+        ...
+
+    @property
+    def options(self) -> dict[str, Json]:
+        """The keys as they were written."""
+        ...
+
+
 def is_image(path: str) -> bool:
     """Returns whether a file's name ends like an image's; hidden files (``._photo.jpg``) are none."""
     name = PurePosixPath(path)
@@ -90,22 +120,22 @@ def stamp(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
-def own_options(dataset: DatasetConfig, section: type[S], besides: Iterable[str] = ()) -> S:
-    """Returns the checked keys that the dataset's backend alone knows.
+def own_options(owner: Owner, section: type[S], besides: Iterable[str] = ()) -> S:
+    """Returns the checked keys that an entry's backend alone knows.
 
     Args:
-        dataset: Has them as they were written.
+        owner: Has them as they were written.
         section: Declares them.
         besides: Keys that are read elsewhere.
 
     Raises:
         UserError: One line for each that is unknown or wrong.
     """
-    own, where = section.model_fields, f"dataset '{dataset.id}': "
+    own, where = section.model_fields, f"dataset '{owner.id}': "
     known = (*besides, *own)
-    unknown = [f"{where}{key}: unknown key{suggestion(key, known)}" for key in dataset.options if key not in known]
+    unknown = [f"{where}{key}: unknown key{suggestion(key, known)}" for key in owner.options if key not in known]
     findings = Findings(unknown)
-    options = build(section, {key: value for key, value in dataset.options.items() if key in own}, where, findings)
+    options = build(section, {key: value for key, value in owner.options.items() if key in own}, where, findings)
     findings.raise_problems()
     return options
 
@@ -113,3 +143,8 @@ def own_options(dataset: DatasetConfig, section: type[S], besides: Iterable[str]
 def open_backend(dataset: DatasetConfig) -> Backend:
     """Returns the backend of a dataset. Raises UserError when its place cannot be read."""
     return registry.load("backends", dataset.type, key=f"dataset '{dataset.id}': type")(dataset)
+
+
+def open_files(remote: RemoteFolder) -> RemoteFiles:
+    """Returns a folder of a backend to write in, not yet asked for anything. Raises UserError when a key is wrong."""
+    return registry.load("backends", remote.type, key=f"dataset '{remote.id}': type").files(remote)

@@ -1,4 +1,4 @@
-"""Images in a bucket of S3, or of a server that speaks its language; needs the package s3fs."""
+"""Images, and caches, in a bucket of S3, or of a server that speaks its language; needs the package s3fs."""
 
 import errno
 import io
@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, cast
 import s3fs  # pyright: ignore[reportMissingImports]  (an extra)
 from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingImports]
 
-from simpletuner.backends._base import FileEntry, is_image, own_options, stamp
-from simpletuner.config.backends import DatasetConfig
+from simpletuner.backends._base import FileEntry, Owner, is_image, own_options, stamp
+from simpletuner.config.backends import DatasetConfig, RemoteFolder
 from simpletuner.config.errors import UserError
 from simpletuner.config.fields import Section, setting
 
@@ -40,39 +40,19 @@ class Aws:
 
     def __init__(self, dataset: DatasetConfig) -> None:
         """Asks for nothing yet. Raises UserError when a key is wrong."""
-        own = own_options(dataset, Options)
-        if (own.aws_access_key_id is None) != (own.aws_secret_access_key is None):
-            raise UserError(f"dataset '{dataset.id}': aws_access_key_id, aws_secret_access_key: give both or none")
+        self._files, self._bucket, self._prefix = _open(dataset)
         self._where = f"dataset '{dataset.id}': aws_bucket_name"
-        self._bucket, folder = own.aws_bucket_name, own.aws_data_prefix.strip("/")
-        self._prefix = f"{folder}/" if folder else ""
-        timeouts = {"connect_timeout": own.aws_timeout_seconds, "read_timeout": own.aws_timeout_seconds}
-        self._files = s3fs.S3FileSystem(
-            key=own.aws_access_key_id,
-            secret=own.aws_secret_access_key,
-            endpoint_url=own.aws_endpoint_url,
-            client_kwargs={"region_name": own.aws_region_name} if own.aws_region_name else {},
-            config_kwargs=timeouts | {"retries": {"max_attempts": own.aws_attempts, "mode": "standard"}},
-            use_listings_cache=False,
-        )
+
+    @staticmethod
+    def files(remote: RemoteFolder) -> "Folder":
+        """Returns a folder of a bucket to write in. Raises UserError when a key is wrong."""
+        return Folder(remote)
 
     def list_images(self, fetch: bool = True) -> Iterator[FileEntry]:
         """Yields every image once, page by page. Raises UserError when the bucket cannot be listed."""
-        asked: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix, "MaxKeys": _PAGE}  # Any: of botocore
-        while True:
-            try:
-                with _answers():
-                    page = cast("dict[str, Any]", self._files.call_s3("list_objects_v2", **asked))
-            except OSError as error:
-                reason = str(error.__cause__ or error)
-                raise UserError(f"{self._where}: '{self._bucket}' cannot be listed: {reason}") from error
-            for told in page.get("Contents", ()):
-                path = str(told["Key"]).removeprefix(self._prefix)
-                if is_image(path) and not any(part.startswith(".") for part in PurePosixPath(path).parts):
-                    yield FileEntry(path, int(told["Size"]), stamp(str(told["ETag"])))
-            if not page.get("IsTruncated"):
-                return
-            asked["ContinuationToken"] = page["NextContinuationToken"]
+        for path, told in _listed(self._files, self._bucket, self._prefix, self._where):
+            if is_image(path) and not any(part.startswith(".") for part in PurePosixPath(path).parts):
+                yield FileEntry(path, int(told["Size"]), stamp(str(told["ETag"])))
 
     def open(self, path: str) -> BinaryIO:
         """Returns an image opened for reading; what is not read is not transferred. Raises OSError."""
@@ -87,6 +67,72 @@ class Aws:
         except FileNotFoundError:
             return None
         return content.decode("utf-8-sig")
+
+
+class Folder:
+    """A folder of a bucket. A file of it is put by one request, so it is there whole or not at all."""
+
+    def __init__(self, remote: RemoteFolder) -> None:
+        """Asks for nothing yet. Raises UserError when a key is wrong."""
+        self._files, self._bucket, prefix = _open(remote)
+        self._prefix = f"{prefix}{remote.folder}/" if remote.folder else prefix
+        self._where = f"dataset '{remote.id}': aws_bucket_name"
+
+    def sizes(self) -> dict[str, int]:
+        """Returns name -> bytes of all files below the folder. Raises UserError."""
+        return {name: int(told["Size"]) for name, told in _listed(self._files, self._bucket, self._prefix, self._where)}
+
+    def read(self, name: str) -> bytes:
+        """Returns the content of a file. Raises UserError."""
+        with self._told(f"'{name}' cannot be read"):
+            return cast(bytes, self._files.cat_file(f"{self._bucket}/{self._prefix}{name}"))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file. Raises UserError."""
+        with self._told(f"'{name}' cannot be written"):
+            self._files.pipe_file(f"{self._bucket}/{self._prefix}{name}", content)
+
+    @contextmanager
+    def _told(self, what: str) -> Generator[None]:
+        try:
+            with _answers():
+                yield
+        except OSError as error:
+            raise UserError(f"{self._where}: '{self._bucket}': {what}: {error.__cause__ or error}") from error
+
+
+def _open(owner: Owner) -> tuple[Any, str, str]:  # Any: of an extra
+    """Returns the files of S3, the bucket, and what the names in a folder of it begin with. Raises UserError."""
+    own = own_options(owner, Options)
+    if (own.aws_access_key_id is None) != (own.aws_secret_access_key is None):
+        raise UserError(f"dataset '{owner.id}': aws_access_key_id, aws_secret_access_key: give both or none")
+    folder = own.aws_data_prefix.strip("/")
+    timeouts = {"connect_timeout": own.aws_timeout_seconds, "read_timeout": own.aws_timeout_seconds}
+    files = s3fs.S3FileSystem(
+        key=own.aws_access_key_id,
+        secret=own.aws_secret_access_key,
+        endpoint_url=own.aws_endpoint_url,
+        client_kwargs={"region_name": own.aws_region_name} if own.aws_region_name else {},
+        config_kwargs=timeouts | {"retries": {"max_attempts": own.aws_attempts, "mode": "standard"}},
+        use_listings_cache=False,
+    )
+    return files, own.aws_bucket_name, f"{folder}/" if folder else ""
+
+
+def _listed(files: Any, bucket: str, prefix: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:  # Any: as above
+    """Yields the name of each object below a folder and what S3 tells of it, page by page. Raises UserError."""
+    asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _PAGE}
+    while True:
+        try:
+            with _answers():
+                page = cast("dict[str, Any]", files.call_s3("list_objects_v2", **asked))
+        except OSError as error:
+            raise UserError(f"{where}: '{bucket}' cannot be listed: {error.__cause__ or error}") from error
+        for told in page.get("Contents", ()):
+            yield str(told["Key"]).removeprefix(prefix), told
+        if not page.get("IsTruncated"):
+            return
+        asked["ContinuationToken"] = page["NextContinuationToken"]
 
 
 class _Object(io.RawIOBase):

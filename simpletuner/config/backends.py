@@ -12,11 +12,33 @@ from simpletuner.config.fields import Json, Section, setting
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
 
+DERIVED = frozenset({"options", "alignment", "files_dir", "latents_remote"})
+"""Fields of a dataset that are no keys of the file, but follow from others."""
+
 SQUARE_EDGES_PX = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
 """Megapixels of a square picture -> its usual edge in pixels."""
 
 
-class DatasetConfig(Section):
+class _WithOptions(Section):
+    """A group with keys that a backend alone knows."""
+
+    options: dict[str, Json] = setting({}, "free", "Keys of a backend other than local, checked by that backend.")
+
+    @field_serializer("options")
+    def _without_secrets(self, options: dict[str, Json]) -> dict[str, Json]:
+        """Returns the options as they are written into results: access keys are left out."""
+        return {key: value for key, value in options.items() if not re.search("secret|access_key", key)}
+
+
+class RemoteFolder(_WithOptions):
+    """A folder elsewhere, in which a cache is kept beside its folder of this machine."""
+
+    id: str = setting(..., "free", "Entry that names it.")
+    type: Literal["aws"] = setting(..., "free", "Backend that reads and writes it.")
+    folder: str = setting("", "free", "Below the folder of the backend.")
+
+
+class DatasetConfig(_WithOptions):
     """An image dataset; sizes are in the unit of ``resolution_type``.
 
     pixel: length of the shorter edge in pixels; area: megapixels of 10^6; pixel_area: edge in pixels of the square
@@ -94,17 +116,12 @@ class DatasetConfig(Section):
         False, "may_change", "Encode the captions while training, and cache none: the text encoders stay loaded."
     )
     metadata_backend: Literal["discovery"] = setting("discovery", "free", "Where image sizes come from.")
-    options: dict[str, Json] = setting({}, "free", "Keys of a backend other than local, checked by that backend.")
+    latents_remote: RemoteFolder | None = setting(None, "free", "Where the latents are kept beside cache_dir_vae.")
 
     @property
     def files_folder(self) -> Path:
         """The folder for what is downloaded; the same for all resolutions of an entry."""
         return self.files_dir or self.cache_dir_vae
-
-    @field_serializer("options")
-    def _without_secrets(self, options: dict[str, Json]) -> dict[str, Json]:
-        """Returns the options as they are written into results: access keys are left out."""
-        return {key: value for key, value in options.items() if not re.search("secret|access_key", key)}
 
 
 class TextCacheConfig(Section):
@@ -113,3 +130,4 @@ class TextCacheConfig(Section):
     id: str = setting("text-embeds", "free", "Name of the cache.")
     cache_dir: Path = setting(..., "free", "Folder for the cached text features.")
     write_batch_size: int = setting(128, "free", "Entries of one cache file.", ge=1)
+    remote: RemoteFolder | None = setting(None, "free", "Where the features are kept beside cache_dir.")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from simpletuner.config import deprecated
-from simpletuner.config.backends import DatasetConfig, TextCacheConfig
+from simpletuner.config.backends import DERIVED, DatasetConfig, TextCacheConfig
 from simpletuner.config.caches import latent_folder, text_cache
 from simpletuner.config.captioning import read_shuffle, resolve_filters
 from simpletuner.config.entries import DATASET_TYPES, Context, refuse_unknown, tidied
@@ -28,7 +28,7 @@ _INHERITED = (
     "text_cache_disable",
 )
 _ENTRY_KEYS = frozenset({"disabled", "default", "cache_dir", "text_embeds", "image_embeds", "aspect_bucket_alignment"})
-_DATASET_KEYS = frozenset(DatasetConfig.model_fields) - {"options", "alignment", "files_dir"} | _ENTRY_KEYS
+_DATASET_KEYS = frozenset(DatasetConfig.model_fields) - DERIVED | _ENTRY_KEYS
 _SWITCHED_OFF_BY_ZERO = (
     *_SIZES[1:],
     "minimum_aspect_ratio",
@@ -123,8 +123,10 @@ def _dataset(
     values = _inherited(own, context) | {key: value for key, value in own.items() if key not in _ENTRY_KEYS}
     _sizes_in_unit(values, own, where, findings)
     values["options"] = options
-    folder = latent_folder(own | ({"id": of} if of else {}), by_type, context, findings, where)
-    values["cache_dir_vae"] = str(folder / f"{number(own['resolution']):g}" if of else folder)
+    folder, remote = latent_folder(own | ({"id": of} if of else {}), by_type, context, findings, where)
+    size = f"{number(own['resolution']):g}" if of else ""
+    values["cache_dir_vae"] = str(folder / size)
+    values["latents_remote"] = remote and remote | {"folder": f"{remote['folder']}/{size}".rstrip("/")}
     values["files_dir"] = str(folder)
     if kind == "local":
         _resolve_folder(values, context, where, findings)

@@ -9,12 +9,15 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -22,9 +25,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from simpletuner.backends._base import RemoteFiles, open_files
+from simpletuner.config.backends import RemoteFolder
 from simpletuner.config.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 _METADATA = "simpletuner"  # the one metadata entry: safetensors writes several in a random order
+_SHARDS = "*.safetensors"
+_NUM_TRANSFERS = 8
 _STALE_SECONDS = 60.0
 _TEMPORARY = ".tmp-"
 _USERS_ERRORS = frozenset(
@@ -101,23 +109,48 @@ class Index:
 class Store:
     """The features of one encoder: all shards in the folder were made under the same fingerprint."""
 
-    def __init__(self, parent: Path, kind: str, fingerprint: str) -> None:
-        """Names the folder; nothing is made before the first write.
+    def __init__(self, parent: Path, kind: str, fingerprint: str, remote: RemoteFolder | None = None) -> None:
+        """Names the folder; nothing is made before the first write. Raises UserError for a wrong key of ``remote``.
 
         Args:
             parent: The cache folder that the user chose.
             kind: What is cached: ``latents`` or ``text``.
             fingerprint: Digest of all that the features depend on beside their keys.
+            remote: Where the same shards are kept too.
         """
         self.folder = parent / f"{kind}-{fingerprint[:12]}"
         self.fingerprint = fingerprint
+        self._remote: RemoteFiles | None = None
+        if remote is not None:
+            below = "/".join(filter(None, (remote.folder.strip("/"), self.folder.name)))
+            self._remote = open_files(remote.model_copy(update={"folder": below}))
+
+    def synchronise(self) -> None:
+        """Brings the shards that are kept elsewhere here, and those that are only here there.
+
+        Raises:
+            UserError: The one cannot be read, or the other not written.
+        """
+        if self._remote is None:
+            return
+        remote, there = self._remote, self._remote.sizes()
+        here = {path.name: path for path in self.folder.glob(_SHARDS) if _read_header(path)}
+        absent = [name for name in there if fnmatch(name, _SHARDS) and name not in here]
+        unsent = [path for name, path in here.items() if there.get(name) != path.stat().st_size]
+        if absent:
+            _LOG.info("fetching %d cache files, %.1f MB", len(absent), sum(there[name] for name in absent) / 1e6)
+        with ThreadPoolExecutor(_NUM_TRANSFERS) as pool:
+            for name, content in zip(absent, pool.map(remote.read, absent), strict=True):
+                write_atomically(self.folder / name, lambda file, content=content: file.write(content))
+            for _ in pool.map(lambda path: remote.write(path.name, path.read_bytes()), unsent):
+                pass
 
     def index(self) -> Index:
         """Returns what is there now; reads the header of each shard. Damaged and foreign files count as absent."""
         shards: list[Path] = []
         rows: dict[str, tuple[int, int]] = {}
         bad: dict[str, str] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob(_SHARDS)):
             held = _read_header(path)
             if held is None or held["fingerprint"] != self.fingerprint:
                 continue
@@ -141,7 +174,10 @@ class Store:
         held = {"fingerprint": self.fingerprint, "keys": list(keys), "bad": dict(bad)}
         tensors = {name: tensor.contiguous() for name, tensor in rows.items()}
         data = save(tensors, {_METADATA: json.dumps(held, sort_keys=True)})
-        write_atomically(self.folder / f"{digest(*planned)}.safetensors", lambda file: file.write(data))
+        name = f"{digest(*planned)}.safetensors"
+        write_atomically(self.folder / name, lambda file: file.write(data))
+        if self._remote is not None:
+            self._remote.write(name, data)
 
 
 def _read_header(path: Path) -> dict[str, Any] | None:  # Any: JSON of our own

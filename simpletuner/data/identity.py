@@ -55,12 +55,14 @@ class Encoding:
     def latent_store(self, dataset: DatasetConfig) -> Store:
         """Returns where the latents of a dataset are."""
         vae = self.family.fingerprint(self.source, "vae")
-        return Store(dataset.cache_dir_vae, "latents", digest(_FORMAT, vae, str(self.vae_dtype), TRANSFORM_VERSION))
+        fingerprint = digest(_FORMAT, vae, str(self.vae_dtype), TRANSFORM_VERSION)
+        return Store(dataset.cache_dir_vae, "latents", fingerprint, dataset.latents_remote)
 
     def text_store(self, text_cache: TextCacheConfig) -> Store:
         """Returns where the text features are."""
         text = self.family.fingerprint(self.source, "text")
-        return Store(text_cache.cache_dir, "text", digest(_FORMAT, text, str(self.text_dtype), *self.text_precisions))
+        fingerprint = digest(_FORMAT, text, str(self.text_dtype), *self.text_precisions)
+        return Store(text_cache.cache_dir, "text", fingerprint, text_cache.remote)
 
 
 @dataclass(frozen=True)

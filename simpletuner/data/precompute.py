@@ -120,6 +120,9 @@ def precompute(
     text_store = encoding.text_store(text_cache)
     for store in (*filter(None, stores), text_store):
         remove_stale(store.folder)
+        if ranks.rank == 0:
+            store.synchronise()
+    ranks.barrier()
     texts = _texts(manifests, prompts)
     plan = zip(stores, manifests, buckets, strict=True)
     shards = [shard for store, manifest, kept in plan if store for shard in _missing_latents(store, manifest, kept)]

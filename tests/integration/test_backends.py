@@ -15,28 +15,28 @@ from tests.unit.backends.shards import served
 
 
 @contextmanager
-def listed(pictures: Path, folder: Path) -> Iterator[dict[str, Any]]:
+def listed(pictures: Path, folder: Path) -> Iterator[list[dict[str, Any]]]:
     """Gives the entry of a CSV file of urls, which a server of this machine answers."""
     with served(pictures) as server:
         rows = [f'{server.url}/{path.name},"{path.with_suffix(".txt").read_text()}"' for path in pictures.glob("*.png")]
         (folder / "list.csv").write_text("\n".join(["url,caption", *rows]))
-        yield {"type": "csv", "csv_file": str(folder / "list.csv"), "caption_strategy": "csv"}
+        yield [{"type": "csv", "csv_file": str(folder / "list.csv"), "caption_strategy": "csv"}]
 
 
 @contextmanager
-def in_rows(pictures: Path, folder: Path) -> Iterator[dict[str, Any]]:
+def in_rows(pictures: Path, folder: Path) -> Iterator[list[dict[str, Any]]]:
     """Gives the entry of a parquet file."""
     datasets = pytest.importorskip("datasets")
     paths = sorted(pictures.glob("*.png"))
     images = [{"bytes": path.read_bytes(), "path": None} for path in paths]
     captions = [path.with_suffix(".txt").read_text() for path in paths]
     datasets.Dataset.from_dict({"image": images, "caption": captions}).to_parquet(folder / "rows.parquet")
-    yield {"type": "huggingface", "dataset_name": str(folder / "rows.parquet"), "metadata_backend": "discovery"}
+    yield [{"type": "huggingface", "dataset_name": str(folder / "rows.parquet"), "metadata_backend": "discovery"}]
 
 
 @contextmanager
-def in_a_bucket(pictures: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    """Gives the entry of a bucket on a server of this machine; its keys come from the environment."""
+def in_a_bucket(pictures: Path, folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """Gives the entries of a bucket, and of caches in it, on a server of this machine; keys from the environment."""
     s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -45,14 +45,18 @@ def in_a_bucket(pictures: Path, folder: Path) -> Iterator[dict[str, Any]]:
         files = s3fs.S3FileSystem(key="a-key", secret="a-secret", endpoint_url=endpoint)
         files.mkdir("bucket")
         files.put([str(path) for path in pictures.iterdir()], "bucket/set/")
-        yield {
+        own = {
             "type": "aws",
             "aws_bucket_name": "bucket",
-            "aws_data_prefix": "set",
             "aws_endpoint_url": endpoint,
             "aws_access_key_id": "{env:TEST_KEY}",
             "aws_secret_access_key": "{env:TEST_SECRET}",
         }
+        text = own | {"id": "text", "dataset_type": "text_embeds", "cache_dir": "text"}
+        latents = own | {"id": "latents", "dataset_type": "image_embeds", "default": True, "cache_dir": "vae"}
+        yield [own | {"aws_data_prefix": "set"}, text, latents]
+        kept = {path.split("/")[1] for path in files.find("bucket") if path.endswith(".safetensors")}
+        assert kept == {"text", "vae"}
     finally:
         server.stop()
 
@@ -67,8 +71,8 @@ def test_a_run_trains_the_weights_of_the_folder(
     monkeypatch.setenv("TEST_SECRET", "a-secret")
     project.train()
     other = project.at(tmp_path / "other")
-    with place(pictures, tmp_path) as entry:
-        other.datasets = [{"id": "pictures", "cache_dir_vae": str(tmp_path / "cache"), **entry}]
+    with place(pictures, tmp_path) as (entry, *caches):
+        other.datasets = [{"id": "pictures", "cache_dir_vae": str(tmp_path / "cache"), **entry}, *caches]
         other.train()
     mine, its = (load_file(one.output / "pytorch_lora_weights.safetensors") for one in (project, other))
     assert all(torch.equal(values, its[key]) for key, values in mine.items())

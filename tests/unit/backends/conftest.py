@@ -1,5 +1,6 @@
-"""A server of files on this machine."""
+"""Servers on this machine: of files, and of S3."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,3 +18,22 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     (tmp_path / "remote").mkdir()
     with served(tmp_path / "remote") as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Returns the url of moto's S3 server."""
+    moto_server = pytest.importorskip("moto.server")
+    made = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    made.start()
+    host, port = made.get_host_and_port()
+    yield f"http://{host}:{port}"
+    made.stop()
+
+
+@pytest.fixture
+def endpoint(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Returns the url of an S3 server, asked without proxies and without keys of the environment."""
+    for name in (*(name for name in os.environ if name.startswith("AWS_")), "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return s3_server

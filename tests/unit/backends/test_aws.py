@@ -1,7 +1,5 @@
 """A bucket on a real S3 server of this machine: moto's."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,11 @@ from tests.unit.backends.shards import by_id, image_bytes, scanned
 from tests.unit.data.support import dataset
 
 s3fs = pytest.importorskip("s3fs")
-moto_server = pytest.importorskip("moto.server")
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+pytest.importorskip("moto.server")
 
 
 @pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name in (*(name for name in os.environ if name.startswith("AWS_")), "http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+def bucket(endpoint: str) -> Any:
     files = s3fs.S3FileSystem(key="k", secret="s", endpoint_url=endpoint, use_listings_cache=False)
     if files.exists("pictures"):
         files.rm("pictures", recursive=True)

@@ -139,6 +139,38 @@ def test_image_embeds_entries_give_a_folder_for_each_dataset(run: Run) -> None:
     assert line.endswith("no image_embeds entry has the id 'stor' - did you mean 'store'?")
 
 
+S3 = {"type": "aws", "aws_bucket_name": "b", "aws_secret_access_key": "s"}
+
+
+def test_caches_in_a_bucket_are_kept_on_this_machine_too(run: Run) -> None:
+    latents = {"id": "latents", "dataset_type": "image_embeds", "default": True, "cache_dir": "/vae/", **S3}
+    config = run.load({}, [images(resolution=[512, 1024]), images(id="b"), TEXT | S3 | {"cache_dir": "text"}, latents])
+    local = run.working_dir / "simpletuner-results" / "cache"
+    own = {"aws_bucket_name": "b", "aws_secret_access_key": "s"}
+    assert config.text_cache.cache_dir == local / "text" / "sdxl"
+    assert config.text_cache.remote is not None
+    assert (config.text_cache.remote.folder, config.text_cache.remote.options) == ("text", own)
+    folders = {d.id: (d.cache_dir_vae, d.latents_remote and d.latents_remote.folder) for d in config.datasets}
+    vae = local / "vae" / "sdxl"
+    assert folders == {
+        "images-512": (vae / "images" / "512", "vae/images/512"),
+        "images-1024": (vae / "images" / "1024", "vae/images/1024"),
+        "b": (vae / "b", "vae/b"),
+    }
+    (dataset,) = run.load({}, [images(cache_dir_vae="here"), TEXT, latents]).datasets
+    assert dataset.cache_dir_vae == run.working_dir / "here"
+    assert dataset.latents_remote is not None
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "gcs"])
+def test_caches_are_kept_on_known_backends(run: Run, kind: str) -> None:
+    latents = {"id": "latents", "dataset_type": "image_embeds", "default": True, "type": kind}
+    for entry, name in ((TEXT | {"type": kind}, "text"), (latents, "latents")):
+        assert run.problems({}, [images(), entry]) == [
+            f"multidatabackend.json: dataset '{name}': type: a cache cannot be kept on '{kind}'; use one of local, aws"
+        ]
+
+
 def test_disabled_entries_are_left_out_whatever_they_hold(run: Run) -> None:
     broken = {"id": "images", "disabled": True, "instance_data_dir": "{env:NOWHERE}", "what": 1}
     config = run.load({}, [images(), broken, {**broken, "disabled": "true"}])

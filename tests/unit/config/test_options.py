@@ -1,5 +1,6 @@
 from pathlib import Path
 
+from simpletuner.config.backends import DERIVED
 from simpletuner.config.options import PATH, render
 from simpletuner.config.schema import DatasetConfig, section_of
 
@@ -23,8 +24,5 @@ def test_options_page_has_every_option_with_type_default_and_bounds() -> None:
 
 def test_dataloader_page_names_every_key_of_a_dataset() -> None:
     text = DATALOADER.read_text(encoding="utf8")
-    keys = DatasetConfig.model_fields.keys() - {"options", "alignment", "files_dir"} | {
-        "aspect_bucket_alignment",
-        "disabled",
-    }
+    keys = DatasetConfig.model_fields.keys() - DERIVED | {"aspect_bucket_alignment", "disabled"}
     assert not [key for key in sorted(keys) if f"`{key}`" not in text]
