@@ -1,4 +1,7 @@
-"""Images in a dataset of the hub, or in parquet and arrow files of this machine; needs the package datasets."""
+"""Images in a dataset of the hub, or in parquet and arrow files of this machine; needs the package datasets.
+
+With ``streaming`` parquet files are read where they are, a group of rows at a time, and nothing is kept of them.
+"""
 
 import hashlib
 import io
@@ -9,8 +12,10 @@ from typing import Any, BinaryIO, TypeAlias
 
 import datasets  # pyright: ignore[reportMissingImports]  (an extra)
 from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingImports]
+from datasets.packaged_modules.parquet.parquet import Parquet  # pyright: ignore[reportMissingImports]
 
 from simpletuner.backends._base import FileEntry, NotFetched, Unusable, own_options, stamp
+from simpletuner.backends._parquet_rows import ParquetRows
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError, suggestion
 from simpletuner.config.fields import Section, setting
@@ -27,7 +32,16 @@ class Options(Section):
     revision: str | None = setting(None, "may_change", "Branch, tag or commit on the hub.")
     split: str = setting("train", "may_change", "Which part of the dataset.")
     image_column: str = setting("image", "may_change", "Column of the images.")
-    caption_column: str = setting("caption", "may_change", "Column of the captions: text, or a list of texts.")
+    caption_column: tuple[str, ...] = setting(
+        ("caption",), "may_change", "Columns of the captions, each with a text or a list of texts; `a.b` is b in a."
+    )
+    fallback_caption_column: str | None = setting(None, "may_change", "Column for rows without any of these.")
+    streaming: bool = setting(False, "free", "Read parquet files where they are, and keep nothing of them.")
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All columns that captions may come from."""
+        return (*self.caption_column, *filter(None, (self.fallback_caption_column,)))
 
 
 class HuggingFace:
@@ -53,22 +67,27 @@ class HuggingFace:
 
     def open(self, path: str) -> BinaryIO:
         """Returns an image opened for reading. Raises OSError, Unusable."""
-        image = self._open()[0][_row(path)][self._options.image_column]
+        image: Any = self._open()[0][_row(path)][self._options.image_column]
+        if isinstance(image, dict):  # a column that was written as one of images
+            image = image["path"] if image["bytes"] is None else image["bytes"]
         if image is None:
             raise Unusable("row without image")
-        if image["bytes"] is not None:
-            return io.BytesIO(image["bytes"])
-        if "://" in str(image["path"]):
+        if isinstance(image, bytes):
+            return io.BytesIO(image)
+        if "://" in str(image):
             raise Unusable("the dataset holds a url in place of the image: use the csv backend")
-        return Path(image["path"]).open("rb")
+        return Path(str(image)).open("rb")
 
     def caption(self, path: str) -> str | None:
-        """Returns the caption of a row; of several, a line each."""
-        captions = self._open()[1]
-        if captions is None:
+        """Returns the caption of a row; of several, a line each. Raises OSError."""
+        rows, options = self._open()[1], self._options
+        if rows is None:
             return None
-        found = captions[_row(path)][self._options.caption_column]
-        return "\n".join(line for line in found if line) if isinstance(found, list) else found
+        row = rows[_row(path)]
+        found = [text for column in options.caption_column for text in _texts(row, column)]
+        if not found and options.fallback_caption_column:
+            found = _texts(row, options.fallback_caption_column)
+        return "\n".join(found)
 
     @property
     def _path(self) -> Path:
@@ -88,12 +107,16 @@ class HuggingFace:
                         f"{self._where}dataset_name: '{self._options.dataset_name}' cannot be read: "
                         f"{str(error).partition(chr(10))[0]}"
                     ) from error
-                self._require(rows, "image_column")
                 column, captions = self._options.image_column, None
+                self._require(rows, "image_column", column)
                 if self._dataset.caption_strategy == "textfile" and not self._dataset.only_instance_prompt:
-                    self._require(rows, "caption_column")
-                    captions = rows.select_columns([self._options.caption_column])
-                images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+                    names = [name.partition(".")[0] for name in self._options.captions]
+                    for name in names:
+                        self._require(rows, "caption_column", name)
+                    captions = rows.select_columns(names)
+                images = rows.select_columns([column])
+                if not self._options.streaming:
+                    images = images.cast_column(column, datasets.Image(decode=False))
                 self._opened = images, captions, str(rows._fingerprint)  # pyright: ignore[reportPrivateUsage]
             return self._opened
 
@@ -105,15 +128,30 @@ class HuggingFace:
             return saved[options.split] if isinstance(saved, datasets.DatasetDict) else saved
         named: dict[str, Any] = {"path": str(path) if path.exists() else options.dataset_name}
         if path.is_file():
-            named = {"path": path.suffix.removeprefix("."), "data_files": {options.split: str(path)}}
+            named = {
+                "path": path.suffix.removeprefix(".").replace("jsonl", "json"),
+                "data_files": {options.split: str(path)},
+            }
         elif not path.exists():
             named |= {"name": options.dataset_config_name, "revision": options.revision}
         datasets.disable_progress_bars()
+        if options.streaming:
+            return self._stream(datasets.load_dataset_builder(**named, cache_dir=str(self._prepared)))
         return datasets.load_dataset(**named, split=options.split, cache_dir=str(self._prepared))
 
-    def _require(self, rows: Rows, key: str) -> None:
+    def _stream(self, builder: Any) -> Rows:  # Any: of an extra
+        """Returns the rows of the split where they are. Raises ValueError, OSError."""
+        files = builder.config.data_files or {}
+        if not isinstance(builder, Parquet):
+            raise ValueError("streaming reads parquet files, and these are none; set streaming to false")
+        if self._options.split not in files:
+            raise ValueError(f"split: there is no '{self._options.split}' (there are {', '.join(map(str, files))})")
+        own = files[self._options.split]
+        return ParquetRows([str(file) for file in own], str(own.origin_metadata))
+
+    def _require(self, rows: Rows, key: str, column: str) -> None:
         """Raises UserError when the dataset has no such column."""
-        column, names = getattr(self._options, key), list(rows.column_names)
+        names = list(rows.column_names)
         if column not in names:
             raise UserError(
                 f"{self._where}{key}: there is no column '{column}'{suggestion(column, names)} "
@@ -124,6 +162,14 @@ class HuggingFace:
 def _is_saved(path: Path) -> bool:
     """Returns whether a folder was written by ``save_to_disk``: it is read where it is."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _texts(row: dict[str, Any], column: str) -> list[str]:
+    """Returns the texts of a column of a row; of ``a.b``, of what is called b in the object a."""
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
 def _row(path: str) -> int:

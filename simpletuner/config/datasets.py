@@ -110,6 +110,11 @@ def _dataset(
         refuse_unknown(own, _DATASET_KEYS, where, findings)
     else:  # the keys of another backend are checked by that backend
         options = {key: own.pop(key) for key in list(own) if key not in _DATASET_KEYS}
+        nested = options.pop(kind, None)
+        options |= nested if isinstance(nested, dict) else {}
+        refuse_unknown(
+            {key: options.pop(key) for key in list(options) if deprecated.is_inert(key)}, frozenset(), where, findings
+        )
     if "aspect_bucket_alignment" in own:
         own["alignment"] = own.pop("aspect_bucket_alignment")
     _read_strategy(own, kind, where, findings)

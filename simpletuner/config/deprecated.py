@@ -204,6 +204,7 @@ _DATASET_TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
     ),
     ("notice", "the scan keeps its own manifest beside the latents"): "metadata_update_interval metadata_dir",
     ("notice", "there is one caption cache for all datasets"): "text_embed_cache",
+    ("notice", "a dataset of the hub is unpacked once, by one process"): "num_proc auto_load",
     ("error", "captions come from caption_strategy textfile, filename or instanceprompt"): (
         "parquet caption_column fallback_caption_column csv_caption_column"
     ),
@@ -223,6 +224,13 @@ DATASET_KEYS: dict[str, Foreign] = {
     key: Foreign(level, reason) for (level, reason), keys in _DATASET_TABLES.items() for key in keys.split()
 }
 """Known key of a dataset's entry -> what happens to it."""
+
+
+def is_inert(key: str) -> bool:
+    """Returns whether a key of a dataset is known and has no effect, whatever its backend."""
+    foreign = DATASET_KEYS.get(key)
+    return foreign is not None and foreign.level == "notice"
+
 
 DATASET_TYPES = {
     kind: f"'{kind}' is not built yet; use image or text_embeds, or set `disabled: true`"

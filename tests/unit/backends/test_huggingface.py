@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from simpletuner.backends._base import open_backend
+from simpletuner.backends._parquet_rows import ParquetRows
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError
 from simpletuner.data.manifest import scan
@@ -58,6 +59,64 @@ def test_rows_are_images_with_captions(tmp_path: Path, name: str):
     assert scan(of(tmp_path, name), 5.0, write=False).ids == [*manifest.ids[:1], "train/00000001", *manifest.ids[1:]]
 
 
+@pytest.mark.parametrize("name", ["folder of parquet", "parquet"], indirect=True)
+def test_streamed_rows_are_the_same_and_nothing_is_kept_of_them(tmp_path: Path, name: str):
+    streamed = scanned(of(tmp_path, name, streaming=True))
+    assert not list(tmp_path.rglob("*.arrow"))
+    again = scanned(of(tmp_path, name, streaming=True))
+    assert again.rows["mtime_ns"].to_pylist() == streamed.rows["mtime_ns"].to_pylist()
+    kept = scanned(of(tmp_path, name))
+    assert by_id(streamed) == by_id(kept)
+    assert streamed.rows["width"].to_pylist() == kept.rows["width"].to_pylist()
+    assert streamed.problems == kept.problems
+
+
+def test_a_stream_reads_groups_of_rows_when_they_are_asked_for(tmp_path: Path):
+    rows().to_parquet(tmp_path / "a.parquet", batch_size=1)
+    rows().select([2, 0]).to_parquet(tmp_path / "b.parquet", batch_size=2)
+    made = ParquetRows([str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")], "")
+    assert len(made) == 6
+    texts = made.select_columns(["text"])
+    assert [texts[row] for row in (5, 0, 4)] == [{"text": "a cat\na pet"}, {"text": "a cat\na pet"}, {"text": "a dog"}]
+    (tmp_path / "a.parquet").write_bytes(b"")
+    assert texts[5] == {"text": "a cat\na pet"}  # held
+    with pytest.raises(OSError, match="corrupt|Parquet"):
+        texts[3]
+
+
+def test_a_stream_that_cannot_be_is_one_line(tmp_path: Path):
+    (tmp_path / "set").mkdir()
+    rows().to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(UserError, match=r"split: there is no 'test' \(there are train\)"):
+        scan(of(tmp_path, "set", streaming=True, split="test"))
+    (tmp_path / "set.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"streaming reads parquet files, and these are none; set streaming to false"):
+        scan(of(tmp_path, "set.jsonl", streaming=True))
+
+
+def test_captions_of_several_columns_and_of_columns_in_columns(tmp_path: Path):
+    made = rows().add_column("told", [{"long": "a long text"}, {"long": None}, {"long": ""}, {"long": "x"}])
+    made.to_parquet(tmp_path / "set.parquet")
+    options = {"caption_column": ["text", "told.long"], "fallback_caption_column": "texts"}
+    assert by_id(scanned(of(tmp_path, "set.parquet", **options))) == {
+        "train/00000000": ["a cat", "a pet", "a long text"],
+        "train/00000001": ["one", "two"],
+        "train/00000002": ["a dog"],
+    }
+
+
+def test_images_are_bytes_or_paths_too(tmp_path: Path):
+    (tmp_path / "there.png").write_bytes(image_bytes((16, 16), 0))
+    columns = {"image": [image_bytes((16, 16), 1)], "text": ["a"]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "bytes.parquet")
+    datasets.Dataset.from_dict({"image": [str(tmp_path / "there.png")], "text": ["a"]}).to_parquet(
+        tmp_path / "p.parquet"
+    )
+    for name, content in (("bytes.parquet", image_bytes((16, 16), 1)), ("p.parquet", image_bytes((16, 16), 0))):
+        with open_backend(of(tmp_path, name, streaming=True)).open("train/00000000") as file:
+            assert file.read() == content
+
+
 def test_a_look_ahead_unpacks_nothing(tmp_path: Path):
     rows().to_parquet(tmp_path / "set.parquet")
     manifest = scan(of(tmp_path, "set.parquet"), 5.0, write=False)
@@ -79,7 +138,7 @@ def test_lists_of_captions_and_one_prompt_for_all(tmp_path: Path):
         ({"image_column": "imag"}, "image_column: there is no column 'imag' - did you mean 'image'?"),
         ({"caption_column": "txt"}, "caption_column: there is no column 'txt' - did you mean 'text'?"),
         ({"dataset_name": "./nowhere"}, "dataset_name: './nowhere' cannot be read: "),
-        ({"streaming": True}, "streaming: unknown key"),
+        ({"streamed": True}, "streamed: unknown key - did you mean 'streaming'?"),
     ],
 )
 def test_a_dataset_that_will_not_do_is_one_line(tmp_path: Path, options: dict[str, Any], line: str):
