@@ -12,12 +12,13 @@ from simpletuner.atomic import files_into
 from simpletuner.backends._base import Backend, Unusable, open_backend
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError, printable
-from simpletuner.data.buckets import Bucket
+from simpletuner.data.buckets import Bucket, assign
 from simpletuner.data.captions import read_captions
+from simpletuner.data.columns import integers
+from simpletuner.data.encode import NUM_DECODERS
 from simpletuner.data.geometry import Geometry, geometry
 from simpletuner.data.identity import ahead
-from simpletuner.data.manifest import Manifest, Progress, integers, scan
-from simpletuner.data.precompute import NUM_DECODERS
+from simpletuner.data.manifest import Manifest, Progress, scan
 from simpletuner.data.summary import DatasetSummary, summarise
 from simpletuner.data.transforms import BadImage, open_rgb
 from simpletuner.hooks.contact_sheet import fitting
@@ -102,7 +103,7 @@ def _look_at_images(
     damaged: dict[str, list[str]] = {}
     num_sheets = done = 0
     with ThreadPoolExecutor(NUM_DECODERS) as pool:
-        for bucket in summary.buckets:
+        for bucket in assign(summary.manifest):
             entries = bucket.entries if look.decode_all else bucket.entries[: look.images_per_sheet]
             jobs = [images[entry] for entry in entries]
             cells: list[Image.Image] = []

@@ -14,6 +14,7 @@ from simpletuner.chosen import choose
 from simpletuner.config.errors import Problems, UserError
 from simpletuner.config.schema import Config
 from simpletuner.data.dataset import CachedDataset
+from simpletuner.data.encode import give_back_memory
 from simpletuner.data.identity import Ranks
 from simpletuner.data.precompute import Cache, precompute, prepare
 from simpletuner.data.summary import summarise
@@ -60,9 +61,9 @@ def train(config: Config) -> TrainState:
             prepared = _prepare(config, accelerator, leaving)
         plan, loaded, hub = prepared.plan, prepared.loaded, prepared.hub
         state = TrainState(plan.max_steps, loaded.step if loaded else 0)
-        if prepared.cache is not None:
+        if prepared.dataset is not None:
             try:
-                state = _train(prepared, prepared.cache, accelerator)
+                state = _train(prepared, prepared.dataset, accelerator)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     "the device has no memory left; the last checkpoint is whole. Set gradient_checkpointing to true, "
@@ -86,8 +87,8 @@ class _Prepared:
     plan: Plan
     loaded: Loaded | None
     """The checkpoint to go on from."""
-    cache: Cache | None
-    """The filled caches; None when there is nothing left to train."""
+    dataset: CachedDataset | None
+    """What to train on, cached; None when there is nothing left to train."""
     hub: Hub | None
     """Where the main process uploads to, checked."""
     trackers: Trackers
@@ -141,19 +142,24 @@ def _prepare(config: Config, accelerator: Accelerator, leaving: ExitStack) -> _P
     if accelerator.is_main_process:
         trackers = start_trackers(config, loaded.step if loaded else 0)
         leaving.callback(trackers.finish)
-    return _Prepared(plan, loaded, _cache(plan, accelerator), hub, trackers)
-
-
-def _train(prepared: _Prepared, cache: Cache, accelerator: Accelerator) -> TrainState:
-    """Builds the networks, trains them, and writes the result."""
-    plan, loaded = prepared.plan, prepared.loaded
+    cache = _cache(plan, accelerator)
     # The files of a model from the hub are here by now, and only they say how the family treats empty prompts.
     plan = replace(plan, family=plan.family.for_model(plan.source))
-    run = build(plan, accelerator, cache, _dataset(plan, cache, accelerator))
+    dataset = _dataset(plan, cache, accelerator)
+    del cache
+    plan = replace(plan, datasets=tuple(summary.without_rows() for summary in plan.datasets))
+    give_back_memory()
+    return _Prepared(plan, loaded, dataset, hub, trackers)
+
+
+def _train(prepared: _Prepared, dataset: CachedDataset, accelerator: Accelerator) -> TrainState:
+    """Builds the networks, trains them, and writes the result."""
+    plan, loaded = prepared.plan, prepared.loaded
+    run = build(plan, accelerator, dataset)
     state = TrainState(plan.max_steps) if loaded is None else snapshot.restore(run, loaded, plan.max_steps)
     if accelerator.is_main_process:
         disown(plan, state.step)
-    _trainer(replace(prepared, plan=plan), run, cache, state).train()
+    _trainer(prepared, run, state).train()
     if accelerator.is_main_process:
         _finish(plan, run, state)
     return state
@@ -211,7 +217,7 @@ def _caching_progress(accelerator: Accelerator) -> CachingProgress | None:
     return CachingProgress() if accelerator.is_main_process else None
 
 
-def _trainer(prepared: _Prepared, run: Run, cache: Cache, state: TrainState) -> Trainer:
+def _trainer(prepared: _Prepared, run: Run, state: TrainState) -> Trainer:
     """Returns the trainer with its hooks, its metrics file cut back to the step at which it begins."""
     plan, trackers = prepared.plan, prepared.trackers
     main, output_dir = run.accelerator.is_main_process, plan.config.run.output_dir
@@ -221,7 +227,7 @@ def _trainer(prepared: _Prepared, run: Run, cache: Cache, state: TrainState) -> 
     settings = plan.config.run
     hooks: list[Hook] = [ProgressHook(plan.max_steps, plan.effective_batch), ThroughputHook()] if main else []
     if plan.validation.prompts:
-        hooks.append(make_validation(plan, run, cache, trackers.pictures))
+        hooks.append(make_validation(plan, run, trackers.pictures))
     if main and settings.profile_steps:
         hooks.append(ProfilingHook(settings.profile_steps, output_dir))
     if prepared.hub is not None and plan.config.publish.push_checkpoints_to_hub:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import BinaryIO, Protocol, TypeVar
 
 from simpletuner import registry
@@ -42,6 +41,8 @@ class FileEntry:
     size_bytes: int
     mtime_ns: int
     """The latest time that content or name changed; a backend takes whatever cannot be set back by a copy."""
+    caption_ns: int = -1
+    """The same of what ``caption`` reads, 0 where there is nothing; -1: not known, so that it is read at each start."""
 
 
 class Unusable(OSError):
@@ -111,8 +112,8 @@ class Owner(Protocol):
 
 def is_image(path: str) -> bool:
     """Returns whether a file's name ends like an image's; hidden files (``._photo.jpg``) are none."""
-    name = PurePosixPath(path)
-    return name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith(".")
+    name = path.rpartition("/")[2]
+    return f".{name.rpartition('.')[2]}".lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def stamp(text: str) -> int:

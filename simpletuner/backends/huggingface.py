@@ -63,7 +63,7 @@ class HuggingFace:
         images, _, fingerprint = self._open()
         version = stamp(fingerprint)
         for number in range(len(images)):
-            yield FileEntry(f"{self._options.split}/{number:08}", 1, version)
+            yield FileEntry(f"{self._options.split}/{number:08}", 1, version, version)
 
     def open(self, path: str) -> BinaryIO:
         """Returns an image opened for reading. Raises OSError, Unusable."""

@@ -10,6 +10,8 @@ from simpletuner.backends._base import FileEntry, is_image
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError
 
+_TEXT = ".txt"
+
 
 class Local:
     """A folder and all folders below it; links are followed, hidden files and folders are passed over."""
@@ -39,17 +41,19 @@ class Local:
                 yield FileEntry(folder or ".", 0, 0)
                 continue
             below: list[str] = []
+            texts = {entry.name.removesuffix(_TEXT): entry for entry in entries if entry.name.endswith(_TEXT)}
             for entry in entries:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.name.startswith("."):
                     continue
-                if os.path.isdir(entry):  # not entry.is_dir(): a link to itself raises there
-                    (folders if entry.is_symlink() else below).append(path)
+                is_link = entry.is_symlink()
+                if os.path.isdir(entry) if is_link else entry.is_dir():  # is_dir() raises for a link to itself
+                    (folders if is_link else below).append(path)
                 elif is_image(path):
-                    yield from self._file(path, entry)
+                    yield from self._file(path, entry, texts.get(entry.name.rpartition(".")[0]))
             folders.extendleft(reversed(below))
 
-    def _file(self, path: str, entry: os.DirEntry[str]) -> Iterator[FileEntry]:
+    def _file(self, path: str, entry: os.DirEntry[str], text: os.DirEntry[str] | None) -> Iterator[FileEntry]:
         """Yields the entry of a regular file or of a broken link; a pipe or a device would block when opened."""
         try:
             stat = entry.stat()
@@ -57,8 +61,7 @@ class Local:
             yield FileEntry(path, 0, 0)
             return
         if entry.is_file():
-            # ctime moves with every change of the content, also when a tool sets mtime back (cp -p, rsync -t).
-            yield FileEntry(path, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns))
+            yield FileEntry(path, stat.st_size, _changed(stat), _caption_ns(text))
 
     def open(self, path: str) -> BinaryIO:
         """Returns the file opened for reading."""
@@ -67,9 +70,22 @@ class Local:
     def caption(self, path: str) -> str | None:
         """Returns the text file of the same name in UTF-8 (a byte order mark is dropped), None when there is none."""
         try:
-            return (self._root / path).with_suffix(".txt").read_text(encoding="utf-8-sig")
+            return (self._root / path).with_suffix(_TEXT).read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             return None
+
+
+def _changed(stat: os.stat_result) -> int:
+    """Returns when a file changed: ctime moves also when a tool sets mtime back (cp -p, rsync -t)."""
+    return max(stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def _caption_ns(text: os.DirEntry[str] | None) -> int:
+    """Returns when a caption file changed, 0 where there is none."""
+    try:
+        return _changed(text.stat()) if text is not None else 0
+    except OSError:
+        return -1
 
 
 PLUGIN = Local

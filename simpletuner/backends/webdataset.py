@@ -65,7 +65,7 @@ class WebDataset:
                 continue
             changed = max(stat.st_mtime_ns, stat.st_ctime_ns)
             for sample in index:
-                yield FileEntry(f"{shard.id}/{sample.name}", sample.image[1], changed)
+                yield FileEntry(f"{shard.id}/{sample.name}", sample.image[1], changed, changed)
         if any_left:
             raise NotFetched
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from simpletuner.data.columns import integers
 from simpletuner.data.geometry import Size, target_sizes
-from simpletuner.data.manifest import Manifest, integers
+from simpletuner.data.manifest import Manifest
 
 
 @dataclass(frozen=True, eq=False)

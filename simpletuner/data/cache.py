@@ -13,6 +13,7 @@ import logging
 import os
 import struct
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +22,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -91,19 +94,42 @@ def remove_stale(folder: Path) -> None:
             continue
 
 
-@dataclass(frozen=True)
+Keys = npt.NDArray[np.bytes_]
+"""Digests, 32 bytes each; b"" for what is not known."""
+
+Places = npt.NDArray[np.int64]
+
+
+def key_array(keys: Iterable[str]) -> Keys:
+    """Returns the array of some keys."""
+    return np.fromiter((key.encode() for key in keys), "S32")
+
+
+@dataclass(frozen=True, eq=False)
 class Index:
     """What a store holds."""
 
     shards: tuple[Path, ...] = ()
-    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    """Key -> number of the shard, row in it."""
+    starts: Places = field(default_factory=lambda: np.zeros(1, np.int64))
+    """[shards + 1] the place of the first row of each shard."""
+    keys: Keys = field(default_factory=lambda: key_array(()))
+    """[rows] in order."""
+    key_places: Places = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[rows] place of the features of each."""
     bad: Mapping[str, str] = field(default_factory=dict[str, str])
     """Key -> why there can be no features for it."""
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
+    def places(self, keys: Keys) -> Places:
+        """Returns [n] places of the features of n keys, -1 where there are none: see ``Reader``."""
+        if not len(self.keys):
+            return np.full(len(keys), -1)
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[at] == keys, self.key_places[at], -1)
+
+    def missing(self, keys: Keys) -> list[str]:
         """Returns the keys, each once and in order, that were never encoded."""
-        return [key for key in dict.fromkeys(keys) if key not in self.rows and key not in self.bad]
+        absent = keys[(self.places(keys) < 0) & (keys != b"")]
+        return [key for key in dict.fromkeys(map(bytes.decode, absent.tolist())) if key not in self.bad]
 
 
 class Store:
@@ -148,17 +174,18 @@ class Store:
     def index(self) -> Index:
         """Returns what is there now; reads the header of each shard. Damaged and foreign files count as absent."""
         shards: list[Path] = []
-        rows: dict[str, tuple[int, int]] = {}
+        keys: list[Keys] = []
         bad: dict[str, str] = {}
         for path in sorted(self.folder.glob(_SHARDS)):
             held = _read_header(path)
             if held is None or held["fingerprint"] != self.fingerprint:
                 continue
-            for row, key in enumerate(held["keys"]):
-                rows.setdefault(key, (len(shards), row))
+            keys.append(key_array(held["keys"]))
             bad |= held["bad"]
             shards.append(path)
-        return Index(tuple(shards), rows, bad)
+        starts = np.cumsum([0, *map(len, keys)])
+        distinct, first = np.unique(np.concatenate([key_array(()), *keys]), return_index=True)
+        return Index(tuple(shards), starts, distinct, first, bad)
 
     def write(
         self, planned: Sequence[str], rows: Mapping[str, Tensor], keys: Sequence[str], bad: Mapping[str, str]
@@ -197,15 +224,20 @@ def _read_header(path: Path) -> dict[str, Any] | None:  # Any: JSON of our own
 
 
 class Reader:
-    """Rows of a store's shards; a shard is mapped when it is first needed and stays mapped (no file stays open)."""
+    """Rows of a store's shards, by their places in all shards one after the other.
 
-    def __init__(self, shards: Sequence[Path]) -> None:
+    A shard is mapped when it is first needed and stays mapped (no file stays open).
+    """
+
+    def __init__(self, index: Index) -> None:
         """Opens nothing yet."""
-        self._shards = shards
+        self._shards, self._starts = index.shards, index.starts.tolist()
         self._mapped: dict[int, dict[str, Tensor]] = {}
 
-    def row(self, shard: int, row: int) -> dict[str, Tensor]:
+    def row(self, place: int) -> dict[str, Tensor]:
         """Returns the features [...] of one entry by name; they are read from the file when they are copied."""
+        shard = bisect_right(self._starts, place) - 1
+        row = place - self._starts[shard]
         if shard not in self._mapped:
             with safe_open(self._shards[shard], framework="pt") as file:
                 names = cast("list[str]", file.keys())

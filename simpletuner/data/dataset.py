@@ -10,18 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import count, takewhile
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from simpletuner.batch import Batch, Cond
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.data.cache import Reader
+from simpletuner.data.columns import Column, cell, integers
+from simpletuner.data.columns import compute as pc
+from simpletuner.data.encode import NUM_DECODERS
 from simpletuner.data.geometry import cut_anew
-from simpletuner.data.identity import Encoding, Ranks, ahead, text_key
-from simpletuner.data.precompute import NUM_DECODERS, Cache
+from simpletuner.data.identity import Encoding, Ranks, ahead, text_keys
+from simpletuner.data.precompute import Cache
 from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, Window, share
 from simpletuner.data.streaming import LiveEncoders, Pictures, live_parts
 from simpletuner.randomness import Randomness
@@ -31,31 +36,39 @@ Uncond = Callable[[Cond, Cond], Cond]
 
 _PREFETCHED = 4
 
+Integers = npt.NDArray[np.integer[Any]]
+"""Whole numbers of the smallest type that holds them."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """The usable images of one dataset, as arrays: a million of them take some tens of megabytes.
+    """The usable images of one dataset, as arrays of 24 bytes an image.
 
     n images in all; bucket b is ``starts[b] : starts[b + 1]``.
     """
 
-    ids: tuple[str, ...]
+    paths: Column
+    """Of all files, mapped from the manifest."""
+    numbers: Integers
+    """[n] which of the paths is an image's id."""
     starts: tuple[int, ...]
-    geometry: npt.NDArray[np.float32]
-    """[ways, n, 6]; ways is 2 where images are shown mirrored too, otherwise 1."""
-    latents: npt.NDArray[np.int32]
-    """[ways, n, 2] shard and row."""
+    targets: tuple[tuple[int, int], ...]
+    """Height, width of each bucket."""
+    geometry: Integers
+    """[ways, n, 4] original height, width; crop top, left. Ways are 2 where images are shown mirrored too, else 1."""
+    latents: Integers
+    """[ways, n] places of the latents."""
     reader: Reader
     pictures: Pictures | None
     """In place of ``latents``, which are then empty, where these are not cached."""
     cut_anew: DatasetConfig | None
     """The dataset, where an image is cut anew each time it is shown."""
     vae_batch_size: int
-    caption_starts: npt.NDArray[np.int64]
+    caption_starts: Integers
     """[n + 1] where in ``captions``, or ``texts``, an image's own begin."""
-    captions: npt.NDArray[np.int32]
-    """[number of captions, 2] shard and row of the text cache."""
-    texts: tuple[str, ...]
+    captions: Integers
+    """[number of captions] places of their features."""
+    texts: Column | None
     """The captions themselves, in place of ``captions``, where text features are not cached."""
 
 
@@ -101,8 +114,10 @@ class CachedDataset:
         self._ranks = ranks or Ranks()
         self._uncond, self._dropout, self._pin = uncond, caption_dropout, pin_memory
         self._randomness = Randomness(seed)
-        self._text = Reader(cache.text.shards)
-        self._empty = cache.prompt("")
+        self._text = Reader(cache.text)
+        self.prompt = cache.prompt
+        """Text -> features [1, ...] of a prompt that was encoded beside the captions."""
+        self._empty = self.prompt("")
         parts = live_parts(manifest.dataset for manifest in cache.manifests)
         assert encoding is not None or not parts
         self._encoders = LiveEncoders(encoding, parts) if encoding is not None else None
@@ -165,16 +180,18 @@ class CachedDataset:
         images = self._images[draw.dataset]
         batch, rows, ways = self._share(draw, images)
         choices = self._captions(images, rows, batch.position)
-        pixels, texts = None, tuple(images.texts[choice] for choice in choices if images.texts)
+        pixels, texts = None, tuple(images.texts[choice].as_py() for choice in choices) if images.texts else ()
         if images.pictures is None:
-            batch = replace(batch, **stacked([images.reader.row(*own) for own in images.latents[ways, rows].tolist()]))
+            batch = replace(
+                batch, **stacked([images.reader.row(place) for place in images.latents[ways, rows].tolist()])
+            )
         else:
             crop_ids = self._crop_ids(batch.position) if images.cut_anew else batch.ids
             mirrored = ways.astype(bool).tolist()
             pixels, good = images.pictures.read(batch.ids, crop_ids, batch.geometry, mirrored, decoders)
             batch = replace(batch, weight=batch.weight * good)
         if not texts:
-            cond = stacked([self._text.row(*own) for own in images.captions[choices].tolist()])
+            cond = stacked([self._text.row(place) for place in images.captions[choices].tolist()])
             batch = replace(batch, cond=self._with_dropped(cond, batch.dropped))
         read = _Read(batch, images, pixels, texts)
         return (_pinned(read) if self._pin else read), after
@@ -194,7 +211,8 @@ class CachedDataset:
         dropped = torch.zeros(len(rows), dtype=torch.bool)
         if self._dropout > 0:
             dropped = self._randomness.uniform("caption_dropout", positions) < self._dropout
-        geometry = images.geometry[ways, rows]
+        target = np.broadcast_to(images.targets[draw.bucket], (len(rows), 2))
+        geometry = np.concatenate([images.geometry[ways, rows], target], axis=1).astype(np.float32)
         if images.cut_anew is not None:
             geometry = cut_anew(images.cut_anew, self._crop_ids(positions), geometry, ways.astype(bool))
         batch = Batch(
@@ -205,7 +223,7 @@ class CachedDataset:
             geometry=torch.from_numpy(geometry),  # pyright: ignore[reportUnknownMemberType]
             position=positions,
             weight=torch.full((len(rows),), weight),
-            ids=tuple(images.ids[row] for row in rows),
+            ids=tuple(images.paths[number].as_py() for number in images.numbers[rows].tolist()),
             global_weight=float(len(draw.members)),
         )
         return batch, rows, ways
@@ -264,44 +282,54 @@ def _copied(rows: Sequence[Tensor]) -> Tensor:
 def _resolve(cache: Cache, number: int) -> tuple[_Images, dict[str, tuple[str, ...]]]:
     """Returns the images of a dataset that have latents, or will get them, and why the others have none."""
     manifest, index = cache.manifests[number], cache.latents[number]
-    dataset = manifest.dataset
-    paths = manifest.ids
-    rows: list[int] = []
-    keys: list[tuple[str, ...]] = []
+    dataset, all_rows = manifest.dataset, manifest.rows
+    rows: list[npt.NDArray[np.int64]] = []
+    latents: list[npt.NDArray[np.int64]] = []
     geometry: list[npt.NDArray[np.float32]] = []
-    starts = [0]
     problems: dict[str, list[str]] = {}
     for kept in cache.buckets[number]:
         ways = [kept, kept.mirrored] if kept.mirrored else [kept]
-        together = list(zip(*(way.keys for way in ways), strict=True))
-        live = dataset.vae_cache_disable
-        usable = [place for place, own in enumerate(together) if live or all(key in index.rows for key in own)]
-        for place in sorted({*range(len(together))} - {*usable}):
-            reason = index.bad.get(kept.keys[place], "could not be read when it was to be encoded")
-            problems.setdefault(reason, []).append(paths[kept.bucket.entries[place]])
-        rows.extend(int(kept.bucket.entries[place]) for place in usable)
-        keys.extend(together[place] for place in usable)
-        geometry.append(np.stack([way.geometry[usable] for way in ways]))
-        starts.append(len(rows))
-    all_captions = manifest.captions
-    captions = [all_captions[row] for row in rows]
-    texts = tuple(caption for own in captions for caption in own)
-    places = [] if dataset.text_cache_disable else [cache.text.rows[text_key(caption)] for caption in texts]
-    latents = [] if dataset.vae_cache_disable else [[index.rows[key] for key in way] for way in zip(*keys, strict=True)]
+        places = np.stack([index.places(way.keys) for way in ways])
+        usable = dataset.vae_cache_disable | (places >= 0).all(axis=0)
+        for key, row in zip(kept.keys[~usable].tolist(), kept.bucket.entries[~usable].tolist(), strict=True):
+            reason = index.bad.get(key.decode(), "could not be read when it was to be encoded")
+            problems.setdefault(reason, []).append(cell(all_rows, "path", row))
+        rows.append(kept.bucket.entries[usable])
+        latents.append(places[:, usable])
+        geometry.append(np.stack([way.geometry[usable, :4] for way in ways]))
+    order = np.concatenate(rows)
+    captions: Column = all_rows["captions"]
+    captions = captions.take(pa.array(order))
+    texts, lengths = pc.list_flatten(captions), np.asarray(pc.list_value_length(captions).to_numpy())
+    places = np.zeros(0, np.int64)
+    if not dataset.text_cache_disable:
+        places = cache.text.places(text_keys(texts))
+        assert (places >= 0).all()
     images = _Images(
-        ids=tuple(paths[row] for row in rows),
-        starts=tuple(starts),
-        geometry=np.concatenate(geometry, axis=1),
-        latents=np.asarray(latents, np.int32),
-        reader=Reader(index.shards),
+        paths=manifest.files["path"],
+        numbers=_small(integers(all_rows, "number")[order]),
+        starts=tuple(np.cumsum([0, *map(len, rows)]).tolist()),
+        targets=tuple((kept.bucket.target[1], kept.bucket.target[0]) for kept in cache.buckets[number]),
+        geometry=_small(np.concatenate(geometry, axis=1)),
+        latents=_small(np.concatenate(latents, axis=1)),
+        reader=Reader(index),
         pictures=Pictures(dataset) if dataset.vae_cache_disable else None,
         cut_anew=dataset if dataset.vae_cache_clear_each_epoch else None,
         vae_batch_size=dataset.vae_batch_size,
-        caption_starts=np.cumsum([0, *map(len, captions)], dtype=np.int64),
-        captions=np.asarray(places, np.int32).reshape(-1, 2),
-        texts=texts if dataset.text_cache_disable else (),
+        caption_starts=_small(np.cumsum([0, *lengths.tolist()], dtype=np.int64)),
+        captions=_small(places),
+        texts=texts if dataset.text_cache_disable else None,
     )
     return images, {reason: tuple(ids) for reason, ids in problems.items()}
+
+
+def _small(numbers: npt.NDArray[Any]) -> Integers:
+    """Returns whole numbers in a type that just holds them."""
+    least, most = (int(numbers.min()), int(numbers.max())) if numbers.size else (0, 0)
+    fitting = (
+        kind for kind in (np.uint16, np.int32, np.int64) if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max
+    )
+    return numbers.astype(next(fitting))
 
 
 def _pinned(read: _Read) -> _Read:

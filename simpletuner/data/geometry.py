@@ -6,7 +6,7 @@ target, and cropped to it. A portrait is treated as the mirror image of the land
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -117,7 +117,7 @@ def _multiple(value: float, alignment: int) -> int:
     return max(1, math.floor(value / alignment + 0.5)) * alignment
 
 
-def cuts(dataset: DatasetConfig, image_ids: Sequence[str], width: Ints, height: Ints, target: Size) -> Ints:
+def cuts(dataset: DatasetConfig, image_ids: Iterable[str], width: Ints, height: Ints, target: Size) -> Ints:
     """Returns [n, 4] resized width, height, crop left, top of n images with the same target."""
     scale = np.maximum(target[0] / width, target[1] / height)
     scale = np.maximum(scale, _downsample_scale(dataset, width, height))
@@ -156,10 +156,10 @@ def cut_anew(dataset: DatasetConfig, crop_ids: Sequence[str], numbers: Told, mir
     return time_ids(width, height, cuts(dataset, crop_ids, width, height, target), target, mirrored)
 
 
-def _random(image_ids: Sequence[str]) -> Ints:
+def _random(image_ids: Iterable[str]) -> Ints:
     """Returns [n, 2] integers below 2^62 that depend on the ids only."""
-    digests = b"".join(hashlib.blake2b(f"crop/{name}".encode(), digest_size=16).digest() for name in image_ids)
-    return (np.frombuffer(digests, "<u8") >> np.uint64(2)).astype(np.int64).reshape(-1, 2)
+    hashed = (hashlib.blake2b(f"crop/{name}".encode(), digest_size=16).digest() for name in image_ids)
+    return (np.fromiter(hashed, "S16").view("<u8") >> np.uint64(2)).astype(np.int64).reshape(-1, 2)
 
 
 def _downsample_scale(dataset: DatasetConfig, width: Ints, height: Ints) -> Floats:

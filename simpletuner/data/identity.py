@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
@@ -16,9 +16,11 @@ import torch
 from simpletuner.backends._base import Backend, open_backend
 from simpletuner.config.backends import DatasetConfig, TextCacheConfig
 from simpletuner.data.buckets import Bucket, assign
-from simpletuner.data.cache import Store, digest, write_atomically
+from simpletuner.data.cache import Keys, Store, digest, key_array, write_atomically
+from simpletuner.data.columns import Column, booleans, each, integers, strings
+from simpletuner.data.columns import compute as pc
 from simpletuner.data.geometry import Size, cuts, time_ids
-from simpletuner.data.manifest import Manifest, Progress, integers, manifest_path, strings, write_manifest
+from simpletuner.data.manifest import Manifest, Progress, manifest_path
 from simpletuner.data.transforms import TRANSFORM_VERSION
 from simpletuner.families._base import Encoders, ModelFamily, Part
 from simpletuner.families._source import ModelSource
@@ -80,6 +82,11 @@ def text_key(caption: str) -> str:
     return digest(caption)
 
 
+def text_keys(captions: Column) -> Keys:
+    """Returns the keys of the features of a column of captions."""
+    return key_array(map(text_key, each(captions)))
+
+
 def prompt_key(prompt: str) -> str:
     """Returns the key of a prompt's features, which are encoded alone, as a pipeline does.
 
@@ -109,8 +116,8 @@ class KeyedBucket:
     """A bucket with the keys of its latents."""
 
     bucket: Bucket
-    keys: tuple[str, ...]
-    """One an entry; "" where the content is not known."""
+    keys: Keys
+    """One an entry; b"" where the content is not known."""
     geometry: npt.NDArray[np.float32]
     """[n, 6] original height, width; crop top, left; target height, width."""
     mirrored: "KeyedBucket | None" = None
@@ -120,20 +127,21 @@ class KeyedBucket:
 def keyed_buckets(manifest: Manifest) -> list[KeyedBucket]:
     """Returns the buckets of a manifest with the keys of their latents."""
     dataset, rows = manifest.dataset, manifest.rows
-    paths, digests = manifest.ids, strings(rows, "digest")
     widths, heights = integers(rows, "width"), integers(rows, "height")
     found: list[KeyedBucket] = []
     for bucket in assign(manifest):
-        ids, width, height = [paths[row] for row in bucket.entries], widths[bucket.entries], heights[bucket.entries]
-        cut = cuts(dataset, ids, width, height, bucket.target)
-        keys = tuple(
-            latent_key(digests[row], own, bucket.target) if digests[row] else ""
-            for row, own in zip(bucket.entries.tolist(), cut.tolist(), strict=True)
+        width, height = widths[bucket.entries], heights[bucket.entries]
+        cut = cuts(dataset, each(rows["path"], bucket.entries), width, height, bucket.target)
+        keys = key_array(
+            latent_key(content, own.tolist(), bucket.target) if content else ""
+            for content, own in zip(each(rows["digest"], bucket.entries), cut, strict=True)
         )
         upright, flipped = (
-            time_ids(width, height, cut, bucket.target, np.full(len(ids), way)) for way in (False, True)
+            time_ids(width, height, cut, bucket.target, np.full(len(bucket), way)) for way in (False, True)
         )
-        mirrored = KeyedBucket(bucket, tuple(map(mirrored_key, keys)), flipped) if dataset.random_flip else None
+        mirrored = None
+        if dataset.random_flip:
+            mirrored = KeyedBucket(bucket, key_array(map(mirrored_key, map(bytes.decode, keys.tolist()))), flipped)
         found.append(KeyedBucket(bucket, keys, upright, mirrored))
     return found
 
@@ -161,16 +169,15 @@ def identify(manifest: Manifest, ranks: Ranks, progress: Progress | None = None)
     keeps the digest "".
     """
     rows = manifest.rows
-    unknown = [path for path, known in zip(manifest.ids, strings(rows, "digest"), strict=True) if not known]
+    unknown = list(each(rows["path"], np.flatnonzero(booleans(pc.equal(rows["digest"], "")))))
     found = _read_digests(manifest.dataset, unknown[ranks.rank :: ranks.world], progress)
     if ranks.world > 1:
         found = _exchange(manifest.dataset, found, ranks)
     if not found:
         return manifest
-    files = _with_digests(manifest.files, found)
-    if ranks.rank == 0 and manifest.complete:
-        write_manifest(manifest.dataset, files)
-    return replace(manifest, rows=_with_digests(rows, found), files=files)
+    pairs = zip(strings(manifest.files, "path"), strings(manifest.files, "digest"), strict=True)
+    digests = pa.chunked_array([[found.get(path) or before for path, before in pairs]], pa.string())
+    return manifest.with_files({"digest": digests}, write=ranks.rank == 0)
 
 
 def _read_digests(dataset: DatasetConfig, paths: list[str], progress: Progress | None) -> dict[str, str]:
@@ -210,10 +217,3 @@ def _exchange(dataset: DatasetConfig, mine: dict[str, str], ranks: Ranks) -> dic
     ranks.barrier()
     parts[ranks.rank].unlink()
     return found
-
-
-def _with_digests(table: pa.Table, found: dict[str, str]) -> pa.Table:
-    """Returns the table with the digests filled in."""
-    pairs = zip(strings(table, "path"), strings(table, "digest"), strict=True)
-    column = pa.array([found.get(path) or before for path, before in pairs], pa.string())
-    return table.set_column(table.schema.get_field_index("digest"), "digest", column)

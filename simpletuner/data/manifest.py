@@ -1,7 +1,8 @@
 """The manifest: which images a dataset has and how large they are, from their headers alone.
 
-It is a parquet file in the cache folder. A file whose path, size and time are unchanged is not opened again. Latents
-are keyed by the content of a file, not by these: a digest of it is added to the manifest when it is first read whole.
+It is an arrow file in the cache folder, which is mapped: rows are read from it when they are needed, and take no memory
+meanwhile. A file whose path, size and time are unchanged is not opened again, nor is its caption. Latents are keyed by
+the content of a file, not by these: a digest of it is added to the manifest when it is first read whole.
 """
 
 import hashlib
@@ -11,17 +12,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from simpletuner.backends._base import Backend, FileEntry, NotFetched, Unusable, open_backend
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError
 from simpletuner.data.cache import write_atomically
+from simpletuner.data.columns import Column, booleans, cell, integers, strings
+from simpletuner.data.columns import compute as pc
 from simpletuner.data.geometry import outside_limits
 from simpletuner.data.transforms import BadImage, read_size
 
@@ -40,8 +41,11 @@ _SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("problem", pa.string()),  # "": a usable image
         ("digest", pa.string()),  # of the content; "": not read yet
+        ("caption_ns", pa.int64()),  # of the caption as it was read; -1: to be read again at each start
+        ("caption", pa.string()),  # as it was read; null: not read yet
     ]
 )
+_CHUNK_ROWS = 65536
 _NUM_READERS = 16  # opening a file waits for the disk or the network, not for the processor
 _WINDOW = 512  # headers on their way: bounds the memory of a scan
 _UNREADABLE = "cannot be opened"
@@ -53,14 +57,14 @@ class Manifest:
 
     dataset: DatasetConfig
     rows: pa.Table
-    """The images to train on, ordered by path: path (their id), size_bytes, mtime_ns, width, height, digest, and
-    ``captions`` once these have been read."""
+    """The images to train on, ordered by path: path (their id), width, height, digest, caption, the number of the row
+    in ``files``, and ``captions`` once these have been read."""
     problems: Problems
     """The images left out."""
     complete: bool = True
     """False: a deadline ended the scan, and there are more images than these."""
     files: pa.Table = field(default_factory=_SCHEMA.empty_table, repr=False)
-    """All rows of the parquet file, the bad ones too."""
+    """All rows of the file, the bad ones too."""
 
     @property
     def ids(self) -> list[str]:
@@ -72,20 +76,25 @@ class Manifest:
         """The captions of each image, once they have been read."""
         return cast("list[list[str]]", self.rows["captions"].to_pylist())
 
-    def without(self, problems: Mapping[str, list[str]], keep: list[bool]) -> "Manifest":
+    def without_rows(self) -> "Manifest":
+        """Returns the manifest without images, which are then held by nobody."""
+        return replace(self, rows=self.rows.schema.empty_table(), files=self.files.schema.empty_table())
+
+    def with_files(self, changed: Mapping[str, Column], write: bool) -> "Manifest":
+        """Returns the manifest with columns of ``files`` changed, in ``rows`` too, and writes it if it is complete."""
+        files, rows = self.files, self.rows
+        for name, column in changed.items():
+            files = files.set_column(files.schema.get_field_index(name), files.schema.field(name), column)
+            if name in rows.column_names:
+                rows = rows.set_column(rows.schema.get_field_index(name), name, column.take(rows["number"]))
+        if write and self.complete:
+            files = write_manifest(self.dataset, files)
+        return replace(self, files=files, rows=rows)
+
+    def without(self, problems: Mapping[str, list[str]], keep: pa.BooleanArray) -> "Manifest":
         """Returns the manifest with the rows that are kept, and the reasons for the others added."""
         merged = {**self.problems, **{reason: tuple(ids) for reason, ids in problems.items()}}
-        return replace(self, rows=self.rows.filter(pa.array(keep, pa.bool_())), problems=merged)
-
-
-def strings(table: pa.Table, name: str) -> list[str]:
-    """Returns a text column."""
-    return cast("list[str]", table[name].to_pylist())
-
-
-def integers(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
-    """Returns a number column."""
-    return np.asarray(table[name].to_numpy(), dtype=np.int64)
+        return replace(self, rows=self.rows.filter(keep), problems=merged)
 
 
 def scan(
@@ -112,8 +121,8 @@ def scan(
     if known is None or not dataset.skip_file_discovery:
         backend = open_backend(dataset)
         files, complete = _discover(backend, known, deadline_seconds, progress, dataset.id, write)
-        if write and complete and not (known is not None and files.equals(known)):
-            write_manifest(dataset, files)
+        if write and complete and files is not known:
+            files = write_manifest(dataset, files)
     else:
         files = known
     if complete and files.num_rows == 0:
@@ -128,19 +137,28 @@ def scan(
 def manifest_path(dataset: DatasetConfig) -> Path:
     """Returns where the manifest is: beside the latents, under a name that depends on the place it describes."""
     place = f"{dataset.type}/{dataset.instance_data_dir}/{dataset.options}"
-    return dataset.cache_dir_vae / f"manifest-{hashlib.blake2b(place.encode(), digest_size=6).hexdigest()}.parquet"
+    return dataset.cache_dir_vae / f"manifest-{hashlib.blake2b(place.encode(), digest_size=6).hexdigest()}.arrow"
 
 
-def write_manifest(dataset: DatasetConfig, files: pa.Table) -> None:
-    """Writes the manifest's rows atomically."""
-    write_atomically(manifest_path(dataset), lambda file: pq.write_table(files, file, compression="zstd"))
+def write_manifest(dataset: DatasetConfig, files: pa.Table) -> pa.Table:
+    """Writes the manifest's rows atomically; returns them as they are in the file."""
+
+    def write(file: BinaryIO) -> None:
+        with pa.ipc.new_file(cast(Any, file), files.schema) as writer:
+            writer.write_table(files, _CHUNK_ROWS)
+
+    path = manifest_path(dataset)
+    write_atomically(path, write)
+    written = _read(path)
+    return files if written is None else written
 
 
 def _read(path: Path) -> pa.Table | None:
     """Returns the rows of the last scan; None when there is none or it is from another version or damaged."""
     try:
-        with path.open("rb") as file:
-            table = pq.read_table(file)
+        with pa.ipc.open_file(pa.memory_map(str(path))) as file:
+            table = file.read_all()
+        table.validate(full=True)
     except (OSError, pa.ArrowInvalid):
         return None
     return table if table.schema.equals(_SCHEMA) else None
@@ -157,9 +175,10 @@ def _discover(
     """Returns a row for each listed image, ordered by path, and whether that is all of them."""
     end = None if deadline_seconds is None else time.monotonic() + deadline_seconds
     known = _SCHEMA.empty_table() if known is None else known
-    rows = {path: number for number, path in enumerate(strings(known, "path"))}
-    stamps = np.stack([integers(known, "size_bytes"), integers(known, "mtime_ns")])
+    stamps = zip(integers(known, "size_bytes").tolist(), integers(known, "mtime_ns").tolist(), strict=True)
+    rows = {path: (number, *own) for number, (path, own) in enumerate(zip(strings(known, "path"), stamps, strict=True))}
     kept: list[int] = []
+    kept_captions: list[int] = []
     fresh: list[_Header] = []
     waiting: deque[Future[_Header]] = deque()
     complete = True
@@ -171,8 +190,9 @@ def _discover(
                     complete = False
                     break
                 row = rows.get(entry.path)
-                if row is not None and (entry.size_bytes, entry.mtime_ns) == (stamps[0, row], stamps[1, row]):
-                    kept.append(row)
+                if row is not None and row[1] == entry.size_bytes and row[2] == entry.mtime_ns:
+                    kept.append(row[0])
+                    kept_captions.append(entry.caption_ns)
                 else:
                     waiting.append(pool.submit(_header, backend, entry))
                 if len(waiting) >= _WINDOW:
@@ -189,10 +209,20 @@ def _discover(
             fresh.append(future.result())
     finally:
         pool.shutdown(cancel_futures=True, wait=complete)
-    table = pa.concat_tables([known.take(pa.array(kept, pa.int64())), _table(fresh)]).sort_by("path")
     if progress:
-        progress(table.num_rows, table.num_rows, f"{name}: scanning")
-    return table.combine_chunks(), complete
+        progress(len(kept) + len(fresh), len(kept) + len(fresh), f"{name}: scanning")
+    if len(kept) == known.num_rows and not fresh and kept_captions == integers(known, "caption_ns").tolist():
+        return known, complete
+    again = _forget_captions(known.take(pa.array(kept, pa.int64())), kept_captions)
+    return pa.concat_tables([again, _table(fresh)]).sort_by("path").combine_chunks(), complete
+
+
+def _forget_captions(known: pa.Table, caption_ns: list[int]) -> pa.Table:
+    """Returns the rows without the captions that have changed since."""
+    now = pa.array(caption_ns, pa.int64())
+    same = pc.and_(pc.equal(known["caption_ns"], now), pc.greater_equal(now, 0))
+    kept = pc.if_else(same, known["caption"], pa.scalar(None, pa.string()))
+    return known.drop_columns(["caption_ns", "caption"]).append_column("caption_ns", now).append_column("caption", kept)
 
 
 def _wait(future: "Future[_Header]", seconds: float) -> bool:
@@ -244,6 +274,8 @@ def _table(headers: list[_Header]) -> pa.Table:
         [h.size[1] for h in headers],
         problems,
         [""] * len(headers),
+        [h.entry.caption_ns for h in headers],
+        [None] * len(headers),
     ]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
 
@@ -251,14 +283,19 @@ def _table(headers: list[_Header]) -> pa.Table:
 def _select(dataset: DatasetConfig, files: pa.Table, complete: bool) -> Manifest:
     """Returns the manifest of the images that are readable and within the dataset's limits."""
     width, height = integers(files, "width"), integers(files, "height")
-    reasons = np.asarray(strings(files, "problem"), dtype=object)
-    usable = np.flatnonzero(reasons == "")
-    reasons[usable] = outside_limits(dataset, width[usable], height[usable])
+    readable = booleans(pc.equal(files["problem"], ""))
+    usable = np.flatnonzero(readable)
+    limited = outside_limits(dataset, width[usable], height[usable])
+    outside = limited.astype(bool)
+    left_out = dict(zip(usable[outside].tolist(), limited[outside].tolist(), strict=True))
+    left_out |= {number: cell(files, "problem", number) for number in np.flatnonzero(~readable).tolist()}
     problems: dict[str, list[str]] = {}
-    for path, reason in zip(strings(files, "path"), reasons, strict=True):
-        if reason:
-            problems.setdefault(reason, []).append(path)
-    rows = files.filter(pa.array(reasons == "", pa.bool_())).drop_columns(["problem"])
+    for number, reason in sorted(left_out.items()):
+        problems.setdefault(reason, []).append(cell(files, "path", number))
+    numbers = pa.array(usable[~outside], pa.int32())
+    columns = files.drop_columns(["problem", "size_bytes", "mtime_ns"])
+    rows = columns if len(numbers) == files.num_rows else columns.take(numbers)
+    rows = rows.append_column("number", numbers)
     manifest = Manifest(
         dataset, _sample(dataset, rows), {reason: tuple(ids) for reason, ids in problems.items()}, complete, files
     )

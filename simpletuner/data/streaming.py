@@ -16,9 +16,9 @@ from simpletuner.backends._base import open_backend
 from simpletuner.batch import Cond
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError, printable
+from simpletuner.data.encode import cut_image, posterior
 from simpletuner.data.geometry import Size
 from simpletuner.data.identity import Encoding
-from simpletuner.data.precompute import cut_image, posterior
 from simpletuner.data.transforms import BadImage
 from simpletuner.families._base import Part
 

@@ -1,11 +1,23 @@
 """What the plan says of a dataset: its images, buckets and batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simpletuner.config.backends import DatasetConfig
-from simpletuner.data.buckets import Bucket, assign
+from simpletuner.data.buckets import assign
 from simpletuner.data.manifest import Manifest, Problems
 from simpletuner.data.sampler import SampledDataset
+
+
+@dataclass(frozen=True)
+class BucketSize:
+    """A bucket's name, such as ``1344x768``, and how many images are in it."""
+
+    name: str
+    num_images: int
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return self.num_images
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,17 +25,18 @@ class DatasetSummary:
     """One dataset as scanned."""
 
     manifest: Manifest
-    buckets: tuple[Bucket, ...]
+    num_images: int
+    """Images to train on."""
+    buckets: tuple[BucketSize, ...]
+
+    def without_rows(self) -> "DatasetSummary":
+        """Returns what is said of the dataset, without the images themselves."""
+        return replace(self, manifest=self.manifest.without_rows())
 
     @property
     def config(self) -> DatasetConfig:
         """The dataset's own section."""
         return self.manifest.dataset
-
-    @property
-    def num_images(self) -> int:
-        """Images to train on."""
-        return self.manifest.rows.num_rows
 
     @property
     def complete(self) -> bool:
@@ -50,4 +63,5 @@ class DatasetSummary:
 
 def summarise(manifest: Manifest) -> DatasetSummary:
     """Returns the summary of a manifest that has its captions."""
-    return DatasetSummary(manifest, tuple(assign(manifest)))
+    buckets = tuple(BucketSize(bucket.name, len(bucket)) for bucket in assign(manifest))
+    return DatasetSummary(manifest, manifest.rows.num_rows, buckets)

@@ -15,7 +15,6 @@ from torch import nn
 from simpletuner.atomic import files_into
 from simpletuner.batch import Cond
 from simpletuner.data.cache import digest
-from simpletuner.data.precompute import Cache
 from simpletuner.hooks.contact_sheet import write_contact_sheet
 from simpletuner.plan import Plan
 from simpletuner.training.build import Run
@@ -79,7 +78,7 @@ ShowPictures = Callable[[int, Mapping[str, Path]], None]
 """Is told the step, and the pictures that were drawn of it, by a name that is the same at every step."""
 
 
-def make_validation(plan: Plan, run: Run, cache: Cache, show: ShowPictures) -> "Validation":
+def make_validation(plan: Plan, run: Run, show: ShowPictures) -> "Validation":
     """Returns the hook that draws what the plan says, and shows it on the main process."""
     validation = plan.validation
     requests = [
@@ -92,7 +91,6 @@ def make_validation(plan: Plan, run: Run, cache: Cache, show: ShowPictures) -> "
     public = [plan.config.hide(request.prompt) == request.prompt for request in requests]
     return Validation(
         run,
-        cache,
         {r: r.file_name.removesuffix(".png") if public[i] else f"picture-{i}" for i, r in enumerate(requests)},
         validation.negative_prompt,
         student=student_settings(plan, run),
@@ -111,7 +109,6 @@ class Validation:
     def __init__(
         self,
         run: Run,
-        cache: Cache,
         requests: Mapping[Request, str],
         negative_prompt: str,
         student: SamplingSettings,
@@ -123,7 +120,6 @@ class Validation:
         show: ShowPictures,
     ) -> None:
         self._run = run
-        self._cache = cache
         self._requests = list(requests)
         self._names = requests
         self._negative_prompt = negative_prompt
@@ -228,7 +224,7 @@ class Validation:
         return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
 
     def _draw_one(self, column: Column, request: Request, vae: nn.Module, path: Path) -> None:
-        cond = self._cache.prompt(request.prompt)
+        cond = self._run.dataset.prompt(request.prompt)
         picture = draw_picture(
             self._run.family,
             column.network,
@@ -246,7 +242,7 @@ class Validation:
 
     def _negative(self, cond: Cond) -> Cond:
         """Returns the features [1, ...] of the negative prompt; without one, what a pipeline takes that got none."""
-        negative = self._cache.prompt(self._negative_prompt)
+        negative = self._run.dataset.prompt(self._negative_prompt)
         return negative if self._negative_prompt else self._run.family.uncond(cond, negative)
 
     def _write_sheet(self) -> None:

@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 
 from simpletuner.config.errors import UserError
 from simpletuner.data.dataset import CachedDataset
-from simpletuner.data.precompute import Cache
 from simpletuner.denoiser import Denoiser, checkpoint_with_adapters
 from simpletuner.distillers._base import Distiller, Setup
 from simpletuner.families._base import ModelFamily, Part
@@ -119,19 +118,18 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
-def build(plan: Plan, accelerator: Accelerator, cache: Cache, dataset: CachedDataset) -> Run:
+def build(plan: Plan, accelerator: Accelerator, dataset: CachedDataset) -> Run:
     """Returns the run of a plan, its networks on the accelerator's device, before any step.
 
     Args:
         plan: What to build.
         accelerator: Of ``make_accelerator``.
-        cache: Holds the text features, the empty prompt's included.
-        dataset: The micro-batches of this rank.
+        dataset: The micro-batches of this rank, and the text features of prompts.
     """
     module, teacher, target = _networks(plan, accelerator.device)
     schedule = plan.family.schedule(plan.source)
     learner = _learner(plan, accelerator, module)
-    empty = {key: value.to(accelerator.device) for key, value in cache.prompt("").items()}
+    empty = {key: value.to(accelerator.device) for key, value in dataset.prompt("").items()}
     networks = {"student": learner.module, "target": target, "teacher": teacher}
     denoisers = _denoisers(plan, networks, schedule)
     setup = Setup(plan.method_config, denoisers, schedule, lambda cond: plan.family.uncond(cond, empty))

@@ -7,7 +7,6 @@ Files are made in a temporary folder (--folder says where), so they come from th
 """
 
 import argparse
-import gc
 import io
 import json
 import os
@@ -15,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,12 +33,13 @@ from PIL import Image
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.data import manifest as manifests
 from simpletuner.data.buckets import assign
-from simpletuner.data.cache import Reader, Store
+from simpletuner.data.cache import Reader, Store, key_array
 from simpletuner.data.captions import read_captions
 from simpletuner.data.dataset import CachedDataset, stacked
+from simpletuner.data.encode import cut_image, give_back_memory, posterior
 from simpletuner.data.identity import Encoding, Ranks, identify, keyed_buckets, text_key
 from simpletuner.data.manifest import Manifest, scan
-from simpletuner.data.precompute import cut_image, posterior, precompute, prepare
+from simpletuner.data.precompute import precompute, prepare
 from simpletuner.data.sampler import SampledDataset, Sampler
 from tests.unit.data.support import CountingFamily, add_image, dataset, picture, text_cache
 
@@ -54,8 +55,6 @@ def seconds(work: Callable[[], object]) -> float:
 
 def resident_bytes() -> int:
     """Returns the memory that is this process's own: pages of mapped files can be dropped at any time."""
-    gc.collect()
-    pa.default_memory_pool().release_unused()
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
@@ -176,7 +175,8 @@ def cached(root: Path, count: int) -> tuple[Manifest, Any]:
     sizes = rng.integers(512, 1536, (2, count)).astype(np.int32)
     digests = [f"{n:032x}" for n in range(count)]
     zeros = np.zeros(count, np.int64)
-    columns = [pa.array(c) for c in (names, zeros, zeros, sizes[0], sizes[1], [""] * count, digests)]
+    nothing = pa.nulls(count, pa.string())
+    columns = [pa.array(c) for c in (names, zeros, zeros, sizes[0], sizes[1], [""] * count, digests, zeros, nothing)]
     files = pa.table(columns, schema=manifests._SCHEMA)
     config = dataset(root, skip_file_discovery=True, caption_strategy="filename", resolution=512)
     manifests.write_manifest(config, files)
@@ -186,7 +186,7 @@ def cached(root: Path, count: int) -> tuple[Manifest, Any]:
     store, texts = encoding().latent_store(config), encoding().text_store(text_cache(root))
     for bucket in keyed_buckets(manifest):
         for start in range(0, len(bucket.keys), 4096):
-            keys = bucket.keys[start : start + 4096]
+            keys = [key.decode() for key in bucket.keys[start : start + 4096].tolist()]
             store.write(keys, {"mean": torch.zeros(len(keys), 1)}, keys, {})
     captions = [text_key(c) for own in manifest.captions for c in own]
     for start in range(0, count, 4096):
@@ -197,7 +197,7 @@ def cached(root: Path, count: int) -> tuple[Manifest, Any]:
 
 def bench_memory(root: Path, options: argparse.Namespace) -> dict[str, float]:
     """What a start with full caches leaves resident for each image once the data set is ready to be trained on."""
-    count = min(options.rows, 300_000)
+    count = min(options.rows, 1_000_000)
     code = f"from tests.benchmarks import data; from pathlib import Path; data.cached(Path({str(root)!r}), {count})"
     subprocess.run([sys.executable, "-c", code], check=True)
     config = dataset(root, skip_file_discovery=True, caption_strategy="filename", resolution=512)
@@ -206,26 +206,36 @@ def bench_memory(root: Path, options: argparse.Namespace) -> dict[str, float]:
     warm.mkdir()
     add_image(warm / "images", "a.png", (64, 64))
     kept = [made(warm, dataset(warm), family)]
+    give_back_memory()
     before = resident_bytes()
+    samples, done = [before], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.01):
+            samples.append(resident_bytes())
+
+    watch = threading.Thread(target=sample)
+    watch.start()
     started = time.perf_counter()
     kept.append(made(root, config, family))
     took = time.perf_counter() - started
+    done.set()
+    watch.join()
+    give_back_memory()
     after = resident_bytes()
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    assert sum(kept[1][0].sampler.datasets[0].bucket_sizes) == count
+    assert sum(kept[1].sampler.datasets[0].bucket_sizes) == count
     return {
         "images": count,
         "start_seconds": took,
         "bytes_per_image": (after - before) / count,
-        "peak_bytes_per_image": (peak - before) / count,
+        "peak_bytes_per_image": (max(samples) - before) / count,
     }
 
 
-def made(root: Path, config: DatasetConfig, family: CountingFamily) -> tuple[CachedDataset, Any]:
-    """Returns a dataset made the way a run makes it, and what the run keeps beside it."""
+def made(root: Path, config: DatasetConfig, family: CountingFamily) -> CachedDataset:
+    """Returns a dataset made the way a run makes it: that is all of it that the run keeps."""
     encode = Encoding(family, None)  # type: ignore[arg-type]
-    cache = precompute(prepare([config]), text_cache(root), encode)
-    return CachedDataset(cache, family.uncond, 0), cache
+    return CachedDataset(precompute(prepare([config]), text_cache(root), encode), family.uncond, 0)
 
 
 def light_vae() -> AutoencoderKL:
@@ -314,11 +324,11 @@ def bench_read(root: Path, options: argparse.Namespace) -> dict[str, float]:
             file.write(os.urandom(2 * mean + tokens + pooled))
     size = 2 * mean + tokens + pooled
 
-    def ours(readers: tuple[Reader, Reader], rows: tuple[dict[str, tuple[int, int]], ...]) -> None:
+    def ours(readers: tuple[Reader, Reader], rows: tuple[dict[str, int], ...]) -> None:
         for start in range(0, count, 4):
             keys = [str(number) for number in places[start : start + 4]]
             for reader, own in zip(readers, rows, strict=True):
-                stacked([reader.row(*own[key]) for key in keys])
+                stacked([reader.row(own[key]) for key in keys])
 
     def bare(data: np.ndarray) -> None:
         for start in range(0, count, 4):
@@ -327,8 +337,9 @@ def bench_read(root: Path, options: argparse.Namespace) -> dict[str, float]:
                 torch.from_numpy(np.stack([data[row, begin:end] for row in rows]))
 
     indices = latents.index(), texts.index()
-    readers = Reader(indices[0].shards), Reader(indices[1].shards)
-    rows = tuple(dict(index.rows) for index in indices)
+    readers = Reader(indices[0]), Reader(indices[1])
+    names = [str(number) for number in range(count)]
+    rows = tuple(dict(zip(names, index.places(key_array(names)).tolist(), strict=True)) for index in indices)
     data = np.memmap(flat, np.uint8, "r").reshape(count, size)
     ours(readers, rows)
     bare(data)

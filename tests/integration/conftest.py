@@ -90,7 +90,7 @@ class Project:
         plan = make_plan(config, [summarise(manifest) for manifest in manifests])
         accelerator = make_accelerator()
         cache = precompute(manifests, config.text_cache, plan.encoding(accelerator.device), plan.prompts)
-        return build(plan, accelerator, cache, CachedDataset(cache, plan.family.uncond, config.run.seed))
+        return build(plan, accelerator, CachedDataset(cache, plan.family.uncond, config.run.seed))
 
     def launch(self, num_processes: int = 1, **changes: Any) -> subprocess.CompletedProcess[str]:
         """Runs the config with changes in processes of its own, as train.sh starts them."""

@@ -51,9 +51,10 @@ def make_trainer(project: Project, **changes: Any) -> Any:
     accelerator = way.make_accelerator()
     plan = way._plan(config, accelerator)
     cache = way._cache(plan, accelerator)
-    run = way.build(plan, accelerator, cache, way._dataset(plan, cache, accelerator))
-    prepared = way._Prepared(plan, None, cache, None, way.Trackers([], 0))
-    return way._trainer(prepared, run, cache, TrainState(plan.max_steps))
+    dataset = way._dataset(plan, cache, accelerator)
+    run = way.build(plan, accelerator, dataset)
+    prepared = way._Prepared(plan, None, dataset, None, way.Trackers([], 0))
+    return way._trainer(prepared, run, TrainState(plan.max_steps))
 
 
 def test_the_student_begins_as_its_teacher_for_every_guidance(trainer: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simpletuner.config.errors import UserError
-from simpletuner.data.cache import Reader, Store, digest, remove_stale, write_atomically
+from simpletuner.data.cache import Index, Reader, Store, digest, key_array, remove_stale, write_atomically
 
 
 def filled(folder: Path) -> Store:
@@ -16,15 +16,32 @@ def filled(folder: Path) -> Store:
     return store
 
 
+def place(index: Index, key: str) -> int:
+    (found,) = index.places(key_array([key])).tolist()
+    return found
+
+
 def test_rows_come_back_and_bad_keys_are_remembered(tmp_path: Path):
     store = filled(tmp_path)
     store.write(["d"], {"mean": torch.full((1, 2, 3), 7.0), "std": torch.zeros(1, 2, 3)}, ["d"], {})
     index = store.index()
-    assert index.missing(["a", "x", "b", "c", "x", "d"]) == ["x"]
+    assert index.missing(key_array(["a", "x", "b", "c", "x", "d"])) == ["x"]
     assert index.bad == {"b": "truncated or corrupt"}
-    reader = Reader(index.shards)
-    assert reader.row(*index.rows["c"])["mean"].tolist() == [[6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]
-    assert reader.row(*index.rows["d"])["mean"].unique().tolist() == [7.0]
+    reader = Reader(index)
+    assert reader.row(place(index, "c"))["mean"].tolist() == [[6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]
+    assert reader.row(place(index, "d"))["mean"].unique().tolist() == [7.0]
+
+
+def test_a_key_in_two_shards_is_read_from_the_first(tmp_path: Path):
+    store = Store(tmp_path, "latents", "f" * 32)
+    for value, planned in enumerate((["x", "a"], ["a", "y"], ["z"])):
+        store.write(planned, {"mean": torch.full((len(planned), 1), float(value))}, planned, {})
+    index = store.index()
+    assert index.places(key_array(["b", "", "zz"])).tolist() == [-1, -1, -1]
+    first = min(range(2), key=lambda number: digest(*(["x", "a"], ["a", "y"])[number]))
+    assert Reader(index).row(place(index, "a"))["mean"].tolist() == [first]
+    assert [Reader(index).row(place(index, key))["mean"].tolist() for key in "xyz"] == [[0.0], [1.0], [2.0]]
+    assert Index().places(key_array(["a"])).tolist() == [-1]
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path):
@@ -36,7 +53,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path):
 def test_a_shard_of_bad_images_only_is_still_a_shard(tmp_path: Path):
     store = Store(tmp_path, "latents", "f" * 32)
     store.write(["a"], {}, [], {"a": "truncated or corrupt"})
-    assert store.index().missing(["a"]) == []
+    assert store.index().missing(key_array(["a"])) == []
 
 
 @pytest.mark.parametrize("keep", [0, 7, 40, -1])
@@ -44,15 +61,15 @@ def test_damaged_shards_count_as_absent(tmp_path: Path, keep: int):
     store = filled(tmp_path)
     (path,) = store.index().shards
     path.write_bytes(path.read_bytes()[:keep])
-    assert store.index().missing(["a", "b"]) == ["a", "b"]
+    assert store.index().missing(key_array(["a", "b"])) == ["a", "b"]
 
 
 def test_other_fingerprints_do_not_mix(tmp_path: Path):
     store = filled(tmp_path)
     other = Store(tmp_path, "latents", "f" * 12 + "0" * 20)  # the same folder, by a collision of the short names
     assert other.folder == store.folder
-    assert other.index().missing(["a"]) == ["a"]
-    assert Store(tmp_path, "latents", "e" * 32).index().missing(["a"]) == ["a"]
+    assert other.index().missing(key_array(["a"])) == ["a"]
+    assert Store(tmp_path, "latents", "e" * 32).index().missing(key_array(["a"])) == ["a"]
 
 
 def test_reading_keeps_no_file_open(tmp_path: Path):
@@ -60,9 +77,9 @@ def test_reading_keeps_no_file_open(tmp_path: Path):
     for number in range(30):
         store.write([str(number)], {"mean": torch.zeros(1, 4)}, [str(number)], {})
     index = store.index()
-    reader, before = Reader(index.shards), len(os.listdir("/proc/self/fd"))
+    reader, before = Reader(index), len(os.listdir("/proc/self/fd"))
     for number in range(30):
-        reader.row(*index.rows[str(number)])
+        reader.row(place(index, str(number)))
     assert len(os.listdir("/proc/self/fd")) == before
 
 

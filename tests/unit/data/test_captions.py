@@ -1,10 +1,12 @@
+import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from simpletuner.backends._base import open_backend
+from simpletuner.backends.local import Local
 from simpletuner.config.captioning import CaptionShuffle
 from simpletuner.config.errors import UserError
 from simpletuner.data.captions import NOT_UTF8, captions, read_captions, shuffled
@@ -35,9 +37,45 @@ from tests.unit.data.support import CountingFamily, add_image, dataset, text_cac
     ],
 )
 def test_strategies(tmp_path: Path, values: dict[str, Any], expected: list[str]):
-    add_image(tmp_path / "images", "deep/a_red_cat.png", (8, 8), caption="a cat\r\n\r\n  on a mat \n")
-    settings = dataset(tmp_path, **values)
-    assert captions(settings, open_backend(settings), "deep/a_red_cat.png") == expected
+    rows = pa.table({"path": ["deep/a_red_cat.png"], "caption": ["a cat\n\n  on a mat \n"]})
+    assert captions(dataset(tmp_path, **values), rows).to_pylist() == [expected]
+
+
+def test_lines_end_as_python_ends_them(tmp_path: Path):
+    text = (
+        "".join(f"line {ord(end[-1])}{end}" for end in ("\r\n", *"\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", "\t")) + "end"
+    )
+    rows = pa.table({"path": ["a.png"] * 3, "caption": [text, "", "one"]})
+    expected = [[line.strip() for line in text.splitlines()], [], ["one"]]
+    assert captions(dataset(tmp_path), rows).to_pylist() == expected
+
+
+def test_texts_are_kept_and_only_changed_ones_are_read_again(root: Path, monkeypatch: pytest.MonkeyPatch):
+    read: list[str] = []
+    original = Local.caption
+
+    def counting(self: Local, path: str) -> str | None:
+        read.append(path)
+        return original(self, path)
+
+    monkeypatch.setattr(Local, "caption", counting)
+    first = read_captions(scan(dataset(root)), write=True)
+    assert sorted(read) == ["a.png", "b.png", "c.png", "d.png"]
+    read.clear()
+    again = read_captions(scan(dataset(root)), write=True)
+    assert (again.captions, again.problems) == (first.captions, first.problems)
+    assert read == ["d.png"]  # what could not be read is tried again
+    (root / "images" / "b.txt").write_text("a bird")
+    (root / "images" / "a.txt").write_text("a dog")
+    os.utime(root / "images" / "a.txt", (0, 0))  # ctime tells
+    read.clear()
+    assert read_captions(scan(dataset(root)), write=True).captions == [["a dog"], ["a bird"]]
+    assert sorted(read) == ["a.png", "b.png", "d.png"]
+    read.clear()
+    (root / "images" / "a.txt").unlink()
+    settings = dataset(root, caption_filter_list=("bird",), missing_caption="keep")
+    assert read_captions(scan(settings)).captions == [[""], ["a"], [""]]
+    assert sorted(read) == ["a.png", "d.png"]
 
 
 @pytest.fixture

@@ -223,10 +223,10 @@ def test_a_full_disk_ends_the_caching_in_one_line_and_the_next_start_goes_on(
                 lines += error.lines
         assert not [name for name in files() if name.startswith(".")]
     whole = files()
-    assert len(lines) == 5  # each start goes further: a manifest twice, and three shards or more
+    assert len(lines) == 6  # each start goes further: a manifest three times, and three shards or more
     assert all(line.startswith("cannot write the cache file '") for line in lines)
     assert all(line.endswith("': No space left on device") for line in lines)
-    for path in [*(tmp_path / "cache").rglob("*.safetensors"), *(tmp_path / "cache").rglob("*.parquet")]:
+    for path in [*(tmp_path / "cache").rglob("*.safetensors"), *(tmp_path / "cache").rglob("*.arrow")]:
         path.unlink()
     encoded(tmp_path, write_batch_size=2)
     assert files() == whole

@@ -14,9 +14,9 @@ import torch
 from simpletuner.batch import Batch
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.errors import UserError
+from simpletuner.data.columns import strings
 from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.identity import Encoding, Ranks
-from simpletuner.data.manifest import strings
 from simpletuner.data.precompute import outstanding, precompute, prepare
 from simpletuner.data.sampler import Position
 from tests.unit.backends.shards import scanned, shards, write_three_shards
