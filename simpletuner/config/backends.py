@@ -8,9 +8,10 @@ from pydantic import field_serializer
 
 from simpletuner.config.captioning import CaptionShuffle
 from simpletuner.config.fields import Json, Section, setting
+from simpletuner.config.metadata import ImageTable
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
-CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
+CaptionStrategy = Literal["textfile", "filename", "instanceprompt", "parquet"]
 
 DERIVED = frozenset({"options", "alignment", "files_dir", "latents_remote"})
 """Fields of a dataset that are no keys of the file, but follow from others."""
@@ -115,7 +116,10 @@ class DatasetConfig(_WithOptions):
     text_cache_disable: bool = setting(
         False, "may_change", "Encode the captions while training, and cache none: the text encoders stay loaded."
     )
-    metadata_backend: Literal["discovery"] = setting("discovery", "free", "Where image sizes come from.")
+    metadata_backend: Literal["discovery", "parquet"] = setting(
+        "discovery", "may_change", "Where the names and sizes of images come from: the images, or a table."
+    )
+    parquet: ImageTable | None = setting(None, "may_change", "The table, for metadata_backend parquet.")
     latents_remote: RemoteFolder | None = setting(None, "free", "Where the latents are kept beside cache_dir_vae.")
 
     @property

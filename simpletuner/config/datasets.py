@@ -12,6 +12,7 @@ from simpletuner.config.captioning import read_shuffle, resolve_filters
 from simpletuner.config.entries import DATASET_TYPES, Context, refuse_unknown, tidied
 from simpletuner.config.fields import Json, rule_of
 from simpletuner.config.findings import Findings
+from simpletuner.config.metadata import read_table
 from simpletuner.config.values import bare_key, build, number, switch_off
 
 _SIZES = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
@@ -120,6 +121,7 @@ def _dataset(
     _read_strategy(own, kind, where, findings)
     resolve_filters(own, context.places, where, findings)
     read_shuffle(own, where, findings)
+    read_table(own, context.places, where, findings)
     deprecated.replace_values(own, f"{where}: ", findings)
     rounding_is_alignment(own, "alignment", f"{where}: ", findings)
     switch_off(
@@ -267,6 +269,8 @@ def _check_bounds(dataset: DatasetConfig, where: str, findings: Findings) -> Non
     for unit, (start, end) in {"step": step, "epoch": epoch}.items():
         if end is not None and end <= start:
             findings.problems.append(f"{where}: end_{unit}: {end} is not behind start_{unit}, so no image is shown")
+    if dataset.caption_strategy == "parquet" and dataset.metadata_backend != "parquet":
+        findings.problems.append(f"{where}: caption_strategy: parquet needs metadata_backend: parquet")
     needs_prompt = dataset.caption_strategy == "instanceprompt" or dataset.prepend_instance_prompt
     if (needs_prompt or dataset.only_instance_prompt) and not dataset.instance_prompt:
         findings.problems.append(f"{where}: instance_prompt: required, because captions are to use it")

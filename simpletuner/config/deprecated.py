@@ -205,8 +205,8 @@ _DATASET_TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
     ("notice", "the scan keeps its own manifest beside the latents"): "metadata_update_interval metadata_dir",
     ("notice", "there is one caption cache for all datasets"): "text_embed_cache",
     ("notice", "a dataset of the hub is unpacked once, by one process"): "num_proc auto_load",
-    ("error", "captions come from caption_strategy textfile, filename or instanceprompt"): (
-        "parquet caption_column fallback_caption_column csv_caption_column"
+    ("error", "captions come from caption_strategy textfile, filename, instanceprompt or parquet"): (
+        "caption_column fallback_caption_column csv_caption_column"
     ),
     ("error", "choose by resolution, minimum_image_size and the aspect limits"): "minimum_pixels maximum_pixels",
     ("error", "regularisation data is not built; remove the key"): "is_regularisation_data is_regularization_data",
@@ -260,11 +260,9 @@ _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
         for name in ("loftq", "olora", "pissa", "eva", "corda")
     },
     "caption_strategy": {
-        "parquet": (None, "it is not built yet; use textfile, filename or instanceprompt"),
         **{name: ("textfile", _CAPTIONS) for name in ("csv", "huggingface", "webdataset")},
     },
     "metadata_backend": {
-        "parquet": (None, "sizes come from the images' headers; use discovery, and textfile captions"),
         "json": ("discovery", "the scan keeps its own manifest"),
         "huggingface": ("discovery", "sizes come from the images' headers"),
     },

@@ -243,7 +243,7 @@ class DataSection(Section):
     caption_strategy: CaptionStrategy = setting(
         "textfile",
         "may_change",
-        "Captions: the .txt file beside the image, its file name, or instance_prompt.",
+        "Captions: the .txt file beside the image, its file name, instance_prompt, or a table's.",
     )
     instance_prompt: str | None = setting(None, "may_change", "Caption of every image, for instanceprompt.")
     caption_dropout_probability: float = setting(

@@ -58,7 +58,7 @@ def captions(dataset: DatasetConfig, rows: pyarrow.Table) -> Column:
 
 def reads_texts(dataset: DatasetConfig) -> bool:
     """Returns whether captions come from texts that belong to the images."""
-    return dataset.caption_strategy == "textfile" and not dataset.only_instance_prompt
+    return dataset.caption_strategy in ("textfile", "parquet") and not dataset.only_instance_prompt
 
 
 def _of_texts(dataset: DatasetConfig, texts: Column) -> Column:

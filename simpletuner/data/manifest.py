@@ -24,6 +24,7 @@ from simpletuner.data.cache import write_atomically
 from simpletuner.data.columns import Column, booleans, cell, integers, strings
 from simpletuner.data.columns import compute as pc
 from simpletuner.data.geometry import outside_limits
+from simpletuner.data.metadata import table_rows
 from simpletuner.data.transforms import BadImage, read_size
 
 Progress = Callable[[int, int, str], None]
@@ -118,7 +119,11 @@ def scan(
     path = manifest_path(dataset)
     known = _read(path)
     complete = True
-    if known is None or not dataset.skip_file_discovery:
+    if dataset.parquet is not None:
+        files = table_rows(dataset, _SCHEMA, known)
+        if write and files is not known:
+            files = write_manifest(dataset, files)
+    elif known is None or not dataset.skip_file_discovery:
         backend = open_backend(dataset)
         files, complete = _discover(backend, known, deadline_seconds, progress, dataset.id, write)
         if write and complete and files is not known:
@@ -137,6 +142,7 @@ def scan(
 def manifest_path(dataset: DatasetConfig) -> Path:
     """Returns where the manifest is: beside the latents, under a name that depends on the place it describes."""
     place = f"{dataset.type}/{dataset.instance_data_dir}/{dataset.options}"
+    place += f"/{dataset.parquet.path}" if dataset.parquet is not None else ""
     return dataset.cache_dir_vae / f"manifest-{hashlib.blake2b(place.encode(), digest_size=6).hexdigest()}.arrow"
 
 

@@ -110,7 +110,7 @@ def open_rgb(file: BinaryIO) -> Image.Image:
     if orientation in _TURNS:
         rgb = rgb.transpose(_TURNS[orientation])
     if rgb.size != size:
-        raise BadImage("its header and its pixels disagree about its size")
+        raise BadImage("it is of another size than its header or a table says")
     return rgb
 
 
@@ -162,7 +162,7 @@ def _from_deep_gray(image: Image.Image) -> Image.Image:
 def to_pixels(image: Image.Image, geometry: Geometry) -> Tensor:
     """Returns [3, H, W] float32 in [-1, 1]: the image scaled to cover the target and cut."""
     if image.size != geometry.original:
-        raise BadImage("its header and its pixels disagree about its size")
+        raise BadImage("it is of another size than its header or a table says")
     if image.size != geometry.resized:
         image = image.resize(geometry.resized, Image.Resampling.LANCZOS)
     (left, top), (width, height) = (geometry.left, geometry.top), geometry.target

@@ -31,6 +31,7 @@ from diffusers.models import AutoencoderKL
 from PIL import Image
 
 from simpletuner.config.backends import DatasetConfig
+from simpletuner.config.metadata import ImageTable
 from simpletuner.data import manifest as manifests
 from simpletuner.data.buckets import assign
 from simpletuner.data.cache import Reader, Store, key_array
@@ -136,6 +137,22 @@ def make_rows(path: Path, count: int) -> None:
         }
     )
     pq.write_table(table, path)
+
+
+def bench_table(root: Path, options: argparse.Namespace) -> dict[str, float]:
+    """A start of many rows from a table: the first, and one with nothing changed."""
+    make_rows(root / "table.parquet", options.rows)
+    (root / "images").mkdir()
+    columns = {"filename_column": "file", "width_column": "w", "height_column": "h", "caption_column": ("text",)}
+    table = ImageTable(path=root / "table.parquet", **columns)  # type: ignore[arg-type]
+    config = dataset(root, metadata_backend="parquet", caption_strategy="parquet", parquet=table, resolution=512)
+
+    def start() -> None:
+        (manifest,) = prepare([config])
+        assert sum(len(bucket) for bucket in assign(manifest)) == options.rows
+
+    first = seconds(start)
+    return {"first_seconds": first, "ours_seconds": statistics.median(seconds(start) for _ in range(options.rounds))}
 
 
 def bench_draw(root: Path, options: argparse.Namespace) -> dict[str, float]:

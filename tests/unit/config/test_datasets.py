@@ -208,7 +208,12 @@ def test_caches_must_differ(run: Run) -> None:
         ({"dataset_type": "conditioning"}, "dataset_type: 'conditioning' is not built yet"),
         ({"crop_stil": "center"}, "crop_stil: unknown key - did you mean 'crop_style'?"),
         ({"crop_style": "middle"}, 'crop_style: unknown value "middle" (random, center, corner)'),
-        ({"caption_strategy": "parquet"}, "caption_strategy: 'parquet' is not supported"),
+        ({"caption_strategy": "parquet"}, "caption_strategy: parquet needs metadata_backend: parquet"),
+        ({"metadata_backend": "parquet"}, "parquet: required by metadata_backend: parquet, such as "),
+        (
+            {"metadata_backend": "parquet", "parquet": {"path": "x.parquet"}},
+            "parquet.path: there is no file 'x.parquet' (looked at: ",
+        ),
         ({"repeats": -1}, "repeats: -1 is too small; at least 0"),
         ({"crop": "maybe"}, 'crop: "maybe" is not true or false'),
         ({"caption_strategy": "instanceprompt"}, "instance_prompt: required"),
