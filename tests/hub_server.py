@@ -83,6 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
             (r"/api/models/([^/]+/[^/]+)/preupload/main", self._preupload),
             (r"/api/models/([^/]+/[^/]+)/commit/main", self._commit),
             (r"/api/models/([^/]+/[^/]+)(?:/revision/\w+)?", self._info),
+            (r"/api/models/([^/]+/[^/]+)/tree/\w+", self._tree),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
             (r"/lfs/(\w+)", self._store),
             (r"/([^/]+/[^/]+)/resolve/\w+/(.+)", self._resolve),
@@ -195,6 +196,14 @@ class _Handler(BaseHTTPRequestHandler):
             facts = {"id": repo_id, "sha": repo.sha, "private": repo.private, "cardData": repo.card}
             self._answer(200, {**facts, "siblings": siblings, "tags": [], "downloads": 0})
 
+    def _tree(self, _: bytes, repo_id: str) -> None:
+        if self._may(repo_id):
+            files = self.hub.repos[repo_id].files.items()
+            self._answer(
+                200,
+                [{"type": "file", "path": path, "size": len(data), "oid": _digest(data)} for path, data in files],
+            )
+
     def _resolve(self, _: bytes, repo_id: str, path: str) -> None:
         if not self._may(repo_id):
             return
@@ -202,5 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in repo.files:
             self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=repo.sha)
             return
-        etag = f'"{hashlib.sha1(repo.files[path]).hexdigest()}"'
-        self._answer(200, repo.files[path], ETag=etag, X_Repo_Commit=repo.sha)
+        self._answer(200, repo.files[path], ETag=f'"{_digest(repo.files[path])}"', X_Repo_Commit=repo.sha)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
