@@ -16,6 +16,7 @@ from simpletuner.chosen import Chosen, choose
 from simpletuner.config.errors import Problems, UserError
 from simpletuner.config.schema import Config, OptimizerSection
 from simpletuner.data.identity import Encoding
+from simpletuner.data.manifest import Manifest
 from simpletuner.data.precompute import Outstanding, outstanding
 from simpletuner.data.sampler import Window
 from simpletuner.data.summary import DatasetSummary
@@ -184,7 +185,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
         compute_dtype=compute_dtype,
         notices=tuple(dict.fromkeys(notices)),
     )
-    return replace(plan, caches=_caches(plan))
+    return replace(plan, caches=caches_of(plan, [summary.manifest for summary in plan.datasets]))
 
 
 def _idle_optimizer_keys(config: Config, optimizer: OptimizerPlugin) -> list[str]:
@@ -346,9 +347,9 @@ def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]
     return LoraPlan(settings, len(modules), lora_num_parameters(modules, rank))
 
 
-def _caches(plan: Plan) -> tuple[Outstanding, ...]:
-    """Returns what the caches lack."""
-    manifests, facts = [summary.manifest for summary in plan.datasets], plan.facts
+def caches_of(plan: Plan, manifests: Sequence[Manifest]) -> tuple[Outstanding, ...]:
+    """Returns what the caches lack of the plan's datasets."""
+    facts = plan.facts
     encoding = plan.encoding(torch.device("cpu"))
     cache = plan.config.text_cache
     return tuple(outstanding(manifests, cache, encoding, facts.cond_numbers, plan.prompts, facts.encoders_here))

@@ -2,12 +2,13 @@
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from simpletuner.config.errors import printable
+from simpletuner.data.precompute import Outstanding
 from simpletuner.data.streaming import live_parts
 from simpletuner.data.summary import DatasetSummary
 from simpletuner.families._base import Part
@@ -167,6 +168,14 @@ def _window_lines(plan: Plan, summary: DatasetSummary) -> Iterator[str]:
     if window.start or window.end is not None:
         until = "" if window.end is None else f" until step {min(window.end // accumulation, plan.max_steps)}"
         yield f"            shown from step {window.start // accumulation} on{until}"
+
+
+def cached_lines(caches: Iterable[Outstanding]) -> Iterator[str]:
+    """Yields what is in the caches now that they are filled; what could not be encoded has been named before."""
+    for number, cache in enumerate(caches):
+        what = f"{cache.what} of {cache.id}: {cache.missing or 'nothing'} missing of {cache.total}"
+        size = _bytes(cache.total_bytes - cache.missing_bytes)
+        yield f"{'' if number else 'cached':12}{what}, {size} in {cache.folder}"
 
 
 def _cache_lines(plan: Plan) -> Iterator[str]:

@@ -26,8 +26,8 @@ from simpletuner.hooks.throughput import ThroughputHook
 from simpletuner.hooks.tracking import Trackers, start_trackers
 from simpletuner.hooks.uploading import CheckpointUpload
 from simpletuner.hooks.validation import make_validation
-from simpletuner.plan import Plan, make_plan
-from simpletuner.plan_view import plan_text
+from simpletuner.plan import Plan, caches_of, make_plan
+from simpletuner.plan_view import cached_lines, plan_text
 from simpletuner.publishing.hub import Hub, open_hub
 from simpletuner.publishing.push import push_result
 from simpletuner.publishing.result import disown, result_files, result_step, write_result
@@ -170,7 +170,11 @@ def fill_cache(config: Config) -> Cache:
     accelerator = make_accelerator()
     quieten_libraries()
     with closing(accelerator), Meeting(accelerator).leaving_together():
-        return _cache(_plan(config, accelerator), accelerator)
+        plan = _plan(config, accelerator)
+        cache = _cache(plan, accelerator)
+        if accelerator.is_main_process:
+            print("\n".join(cached_lines(caches_of(plan, cache.manifests))), flush=True)
+        return cache
 
 
 def _plan(config: Config, accelerator: Accelerator) -> Plan:

@@ -196,9 +196,12 @@ CONFIG_KEYS: dict[str, Foreign] = {
 
 _DATASET_TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
     ("notice", "the cache is keyed by content, geometry and encoder, so there is nothing to set"): (
-        "hash_filenames hash_filename cache_file_suffix scan_for_errors vae_cache_scan_behaviour vae_cache_ondemand "
-        "compress_cache"
+        "hash_filenames hash_filename cache_file_suffix scan_for_errors vae_cache_scan_behaviour compress_cache"
     ),
+    (
+        "notice",
+        "caches are filled before the first step; vae_cache_disable and text_cache_disable encode while training",
+    ): ("vae_cache_ondemand text_cache_ondemand"),
     ("notice", "a file that cannot be read is named, counted and left out; no file of yours is ever deleted"): (
         "delete_problematic_images delete_unwanted_images"
     ),

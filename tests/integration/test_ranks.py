@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -92,6 +93,51 @@ def test_a_mistake_is_said_once(project: Project):
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
+
+
+KILLED = """
+import os, signal
+if os.environ.get("RANK") == "1":
+    whole, left = os.fsync, [4]
+
+    def fsync(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(descriptor)
+
+    os.fsync = fsync
+"""
+
+
+def test_a_process_killed_while_caching_leaves_a_cache_that_the_next_start_completes(
+    project: Project, uneven: Path, tmp_path: Path
+):
+    def fill(name: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        mine = project.at(tmp_path / name).use_pictures(uneven, tmp_path / name / "cache")
+        mine.datasets[0] |= {"write_batch_size": 1, "vae_batch_size": 1}
+        command = [sys.executable, "-m", "simpletuner.launch", "cache", "--config", str(mine.write())]
+        settings = os.environ | {"TRAINING_NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1"} | environ
+        return subprocess.run(command, env=settings, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    def shards(name: str) -> dict[str, bytes]:
+        found = sorted((tmp_path / name / "cache").rglob("*.safetensors"))
+        return {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in found}
+
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(KILLED)
+    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = fill("straight")
+    assert done.returncode == 0, done.stderr
+    assert "latents of pictures: nothing missing of 8" in done.stdout.splitlines()[-2], done.stdout
+    killed = fill("killed", PYTHONPATH=path)
+    assert killed.returncode == 128 + signal.SIGKILL, killed.stderr
+    assert "Traceback" not in killed.stderr
+    whole, half = shards("straight"), shards("killed")
+    assert 0 < len(half) < len(whole)
+    assert half.items() <= whole.items()
+    assert fill("killed").returncode == 0
+    assert shards("killed") == whole
 
 
 ALONE = """
