@@ -234,8 +234,9 @@ def _dtypes(
     if dtype is torch.bfloat16 and optimizer.trains_bf16:
         return dtype, compute
     if compute is not None:
+        why = f"'{name}'" if dtype is torch.bfloat16 else precision
         notices.append(
-            f"mixed_precision: the weights stay float32, as '{name}' needs; the network computes in {precision}"
+            f"mixed_precision: the weights stay float32, as {why} needs; the network computes in {precision}"
         )
     return torch.float32, compute
 

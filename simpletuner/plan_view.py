@@ -225,7 +225,7 @@ def _epochs(plan: Plan) -> str:
     if plan.epochs is None:
         return "the epochs are known when the images are counted"
     each = _some(plan.batches_per_epoch, "batch", "batches")
-    return f"{plan.epochs:.3g} epochs of {each}"
+    return f"{plan.epochs:{'.0f' if plan.epochs >= 100 else '.3g'}} epochs of {each}"
 
 
 def _some(number: int, one: str, many: str | None = None) -> str:

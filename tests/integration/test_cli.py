@@ -172,6 +172,12 @@ def test_an_override_is_written_over_the_file(project: Project, simpletuner: Com
     assert (plan["max_steps"], plan["lora"]["r"]) == (7, 8)
 
 
+def test_many_epochs_are_a_plain_number(project: Project, simpletuner: Command):
+    project.write(max_train_steps=10_000)
+    said = simpletuner("plan", "--config", project.folder)
+    assert "3333 epochs of 3 batches" in said.out
+
+
 def test_a_word_that_is_no_override_is_one_line(project: Project, simpletuner: Command):
     project.write()
     said = simpletuner("plan", "--config", project.folder, "max_train_steps")

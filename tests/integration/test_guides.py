@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from simpletuner import cli, registry
+from simpletuner.backends.webdataset import Options as ShardOptions
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.deprecated import ALIASES
 from simpletuner.config.schema import section_of
 from simpletuner.distillers.lcm import LCMConfig
-from tests.tiny import image_folder
+from tests.tiny import image_folder, tiny_sd1x
+from tests.unit.backends.shards import samples, write_shard
 
 ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "documentation" / "distillation"
-EXAMPLES = {"SDXL_LCM": "sdxl_lcm"}
+EXAMPLES = {"SDXL_LCM": "sdxl_lcm", "LCM_FULL": "lcm_full_sd15"}
 """Guide -> the folder of config/examples that it shows."""
 
 SMALL = {
@@ -43,8 +46,8 @@ SMALL_WORDS = {"12000": "3"}
 OUTSIDE = ("git clone ", "bash venv.sh", "hf auth login", "wandb login")
 """What needs the network, or would change this environment."""
 
-NO_KEYS = {"guidance_scale", "target_std", "data_wait"}
-"""Words with an underscore that are names of diffusers, and of metrics."""
+NO_KEYS = {"guidance_scale", "unet_target", "gpu_ids", "target_std", "data_wait"}
+"""Words with an underscore that are names of diffusers and accelerate, and of metrics."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -83,15 +86,16 @@ class Reader:
             self.said.append(capfd.readouterr().out)
 
     def bash(self, text: str) -> None:
-        for line in text.replace("\\\n", " ").splitlines():
+        for line in re.split(r"\n(?! )", text.strip()):
             if line.startswith(OUTSIDE):
                 continue
             words = [SMALL_WORDS.get(word, word) for word in shlex.split(line, comments=True)]
             first = next(place for place, word in enumerate(words) if "=" not in word)
             variables = dict(word.split("=", 1) for word in words[:first])
             words = words[first:]
-            if words[:2] == ["bash", "train.sh"]:
-                self.simpletuner(["train", *words[2:]], variables)
+            if words[:2] == ["bash", "train.sh"]:  # several processes are only planned
+                command = "plan" if "TRAINING_NUM_PROCESSES" in variables else "train"
+                self.simpletuner([command, *words[2:]], variables)
             elif words[0].removeprefix(".venv/bin/") == "simpletuner":
                 self.simpletuner(words[1:], variables)
             else:
@@ -126,7 +130,6 @@ class Reader:
         for real, tiny in {**self.real_names, '"cuda"': '"cpu"'}.items():
             text = text.replace(real, tiny)
         exec(compile(text, f"{self.guide}.md", "exec"), self.names)  # noqa: S102  (the repository's own page)
-        assert isinstance(self.names["image"], Image.Image)
 
 
 @pytest.fixture
@@ -147,7 +150,8 @@ def test_the_guide_shows_the_files_of_the_example(guide: str) -> None:
 
 @pytest.mark.parametrize("guide", EXAMPLES)
 def test_every_key_that_a_guide_names_exists(guide: str) -> None:
-    keys = {*section_of(), *ALIASES, *DatasetConfig.model_fields, *LCMConfig.model_fields}
+    sections = (DatasetConfig, LCMConfig, ShardOptions)
+    keys = {*section_of(), *ALIASES, *(key for section in sections for key in section.model_fields)}
     values = {name for kind in ("optimizers", "distillers", "families") for name in registry.names(kind)}
     text = re.sub(r"```.*?```", "", (GUIDES / f"{guide}.md").read_text(encoding="utf8"), flags=re.DOTALL)
     named = {word for word in re.findall(r"`\"?([a-z0-9]+(?:_[a-z0-9]+)+)(?![\w.])", text)}
@@ -178,3 +182,28 @@ def test_the_guide_to_sdxl_in_four_steps(
     pipeline = reader.names["pipeline"]
     assert (pipeline.scheduler.config.original_inference_steps, pipeline.scheduler.config.timestep_scaling) == (50, 10)
     assert pipeline.unet.dtype == torch.bfloat16
+    assert reader.names["image"].size == (64, 64)
+
+
+def test_the_guide_to_whole_models_in_four_steps(
+    here: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    names = {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": str(tiny_sd1x(tmp_path / "sd15")),
+        "stabilityai/stable-diffusion-xl-base-1.0": str(tiny_model),
+    }
+    reader = Reader(here, "LCM_FULL", names, monkeypatch)
+    write_shard(here / "datasets" / "shards" / "00000.tar", samples(0, 2, (96, 96)))
+    reader.follow(GUIDES / "LCM_FULL.md", capfd)
+
+    assert not [said for said in reader.said if "has no effect" in said or "without effect" in said]
+    assert "steps       2 of 48 samples" in "".join(reader.said)
+    result = here / "output" / "sd15-lcm"
+    assert json.loads((here / "config" / "converted" / "config.json").read_text())["output_dir"] == "output/converted"
+    assert len(list((result / "samples").glob("seed-*/*.png"))) == 2
+    assert all((result / name / "diffusion_pytorch_model.safetensors").is_file() for name in (".", "ema"))
+    unet = reader.names["unet"]
+    assert unet.config["time_cond_proj_dim"] == 256
+    assert reader.names["pipeline"].scheduler.config.original_inference_steps == 50
+    with tarfile.open(here / "datasets" / "shards" / "00000.tar") as tar:
+        assert tar.getnames() == [f"{number:03}.{kind}" for number in range(3) for kind in ("png", "txt")]
