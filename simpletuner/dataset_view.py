@@ -77,7 +77,8 @@ def _captions(manifest: Manifest) -> Iterator[str]:
     """Yields how many captions there are and some of them, from all over the dataset."""
     captions, ids = manifest.captions, manifest.ids
     words = [len(caption.split()) for own in captions for caption in own]
-    yield f"captions    {len(words)} of {min(words)} to {max(words)} words"
+    lengths = f"{min(words)} to {max(words)}" if min(words) < max(words) else f"{max(words)}"
+    yield f"captions    {len(words)} of {lengths} words"
     for row in np.unique(np.linspace(0, len(ids) - 1, _NUM_SAMPLES).astype(int)).tolist():
         more = f" (and {len(captions[row]) - 1} more)" if len(captions[row]) > 1 else ""
         yield printable(f"            {ids[row]}: {captions[row][0] or '(empty)'}{more}")

@@ -53,6 +53,7 @@ def find_shards(patterns: Sequence[str], folder: Path, environ: Mapping[str, str
         UserError: A pattern names nothing, or something that is not read.
     """
     sources: dict[str, None] = {}
+    missing: list[Path] = []
     for pattern in patterns:
         if pattern.startswith("pipe:") and environ.get(PIPE_SWITCH) != "1":
             raise UserError(
@@ -62,7 +63,13 @@ def find_shards(patterns: Sequence[str], folder: Path, environ: Mapping[str, str
         if "://" in pattern and not _is_remote(pattern):
             raise UserError(f"shards: '{pattern}': only local paths, http:// and https:// can be read")
         for name in expand_braces(pattern):
-            sources |= dict.fromkeys([name] if _is_remote(name) else _files(name, folder))
+            found = [name] if _is_remote(name) else _files(folder / Path(name).expanduser())
+            sources |= dict.fromkeys(found)
+            if not found:
+                missing.append(folder / name)
+    if missing:
+        others = f", nor {len(missing) - 1} others that are named" if len(missing) > 1 else ""
+        raise UserError(f"shards: there is no '{missing[0]}'{others}")
     return named(sources, folder)
 
 
@@ -113,15 +120,11 @@ def _is_remote(source: str) -> bool:
     return source.startswith(("http://", "https://", "pipe:"))
 
 
-def _files(name: str, folder: Path) -> list[str]:
-    """Returns the files that a local name means. Raises UserError when there is none."""
-    path = folder / Path(name).expanduser()
+def _files(path: Path) -> list[str]:
+    """Returns the files that a local name means."""
     if path.is_file():
         return [str(path)]
-    found = [file for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
-    if not found:
-        raise UserError(f"shards: there is no '{path}'")
-    return found
+    return [file for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
 
 
 def _name(source: str, folder: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpletuner.config.errors import UserError
+from simpletuner.config.errors import UserError, suggestion
 from simpletuner.config.fields import Json
 
 CONFIG_NAMES = ("config.json", "config.toml")
@@ -62,13 +62,20 @@ def config_file(path: Path, places: Places) -> Path:
     """
     found = places.find(path)
     if found is None:
-        raise UserError(f"config: there is no '{path}' {places.looked_at(path)}")
+        raise UserError(f"config: there is no '{path}'{_similar(path, places)} {places.looked_at(path)}")
     if not found.is_dir():
         return found
     file = _config_in(found)
     if file is None:
         raise UserError(f"config: the folder '{found}' has no {' or '.join(CONFIG_NAMES)}")
     return file
+
+
+def _similar(path: Path, places: Places) -> str:
+    """Returns the advice of the folder beside a missing one that has a config and nearly its name."""
+    missing = path.parent if path.name in CONFIG_NAMES else path
+    beside = (folder.parent.glob("*") for folder in places.candidates(missing))
+    return suggestion(missing.name, (folder.name for folders in beside for folder in folders if _config_in(folder)))
 
 
 def parse(path: Path) -> Json:

@@ -200,7 +200,8 @@ class Validation:
                     self._draw_one(column, request, vae, folder / request.file_name)
             del vae
             if run.accelerator.is_main_process:
-                _LOG.info("drew %d pictures in %.1f s: %s", len(missing), time.perf_counter() - started, folder)
+                pictures = f"{len(missing)} picture{'s' if len(missing) > 1 else ''}"
+                _LOG.info("drew %s in %.1f s: %s", pictures, time.perf_counter() - started, folder)
         run.accelerator.wait_for_everyone()
         return bool(missing)
 

@@ -34,7 +34,7 @@ def test_shards_by_range_list_and_glob_each_once(tmp_path: Path):
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("{000..003}.tar", r"shards: there is no '.*/shards/001.tar'"),
+        ("{000..003}.tar", r"shards: there is no '.*/shards/001.tar', nor 2 others that are named$"),
         ("none-*.tar", r"shards: there is no '.*/shards/none-\*.tar'"),
         ("{0..999999999}.tar", r"names 1000000000 shards; at most 100000"),
         ("{0..999999999}{0..999999999}.tar", r"names 1000000000000000000 shards"),

@@ -153,6 +153,16 @@ def test_missing_config_names_the_places(run: Run) -> None:
         load(run.working_dir, environ={})
 
 
+def test_a_misspelt_config_is_told_the_one_beside_it(run: Run) -> None:
+    run.load({})
+    for missing in (
+        run.folder.with_name(f"{run.folder.name}s"),
+        run.folder.with_name(run.folder.name[1:]) / "config.json",
+    ):
+        with pytest.raises(UserError, match=f"there is no '{missing}' - did you mean '{run.folder.name}'"):
+            load(missing, working_dir=run.working_dir, environ={})
+
+
 def test_toml_beside_json(run: Run) -> None:
     (run.folder / "config.toml").write_text(
         'model_family = "sdxl"\npretrained_model_name_or_path = "some/model"\nmax_train_steps = 3\n'
