@@ -39,6 +39,9 @@ class ProfilingHook:
 
     def on_end(self, state: HasStep) -> None:
         """Writes what there is of a trace that the end of the run cut short."""
+        if self._seen <= _SETTLING_STEPS:
+            _LOG.warning("profile_steps: no trace: the run ended within the %d steps before it", _SETTLING_STEPS)
+            self._trace = None
         self._write(state.step)
 
     def _write(self, step: int) -> None:

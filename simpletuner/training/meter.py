@@ -4,11 +4,12 @@ The arithmetic of a step depends on the shapes of its batches alone, so it is co
 the passes of teacher and target, and with what gradient checkpointing computes again.
 """
 
+import re
 import resource
 import sys
 import time
 from collections.abc import Generator, Hashable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +20,26 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 _PEAKS = {
     "B200": 2250.0,
     "H200": 989.0,
-    "H100 PCIe": 756.0,
+    "H200 NVL": 835.0,
     "H100": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
     "A100": 312.0,
+    "L40": 181.0,
     "L40S": 362.0,
     "L4": 121.0,
     "A10G": 70.0,
     "RTX 4090": 165.0,
+    "RTX 4090 D": None,
+    "RTX 4090 Laptop": None,
     "RTX 3090": 71.0,
+    "RTX 3090 Ti": None,
     "MI300X": 1307.0,
 }
-"""Part of a device's name -> TFLOP/s of dense 16-bit matrix products, by the makers' data sheets; the first counts."""
+"""Words of a device's name -> TFLOP/s of dense 16-bit matrix products, by the makers' data sheets; None: not known.
+
+Of those whose words are all in a name, the one of the most words counts.
+"""
 
 
 class FlopCounter(TorchDispatchMode):
@@ -67,8 +77,14 @@ def peak_tflops(device: torch.device, dtype: torch.dtype | None) -> float | None
     """Returns what a device can do at most in a dtype, in TFLOP/s; None where no data sheet is known here."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return _peak(torch.cuda.get_device_name(device))
+
+
+def _peak(name: str) -> float | None:
+    """Returns the peak of a device of this name."""
+    words = set(re.findall(r"\w+", name))
+    known = [device for device in _PEAKS if words.issuperset(device.split())]
+    return _PEAKS[max(known, key=lambda device: len(device.split()))] if known else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -86,7 +102,8 @@ class StepMeter:
     peak_tflops: float | None = None
     """Of the device; None: no MFU is given."""
     is_compiled: bool = False
-    """Whether networks are compiled: the steps that are counted run without."""
+    """Whether networks are compiled. Then no arithmetic is counted: compiled code shows no operators, and a step that
+    ran without it would compute other last digits, so that a run would not resume exactly."""
     _flop_of: dict[Hashable, int] = field(default_factory=dict[Hashable, int])
     _since: float = 0.0
     _flop: int = 0
@@ -108,15 +125,13 @@ class StepMeter:
             shapes: Decides the step's arithmetic: counted at its first step, and remembered.
             num_samples: Of all processes.
         """
-        if shapes in self._flop_of:
+        if shapes in self._flop_of or self.is_compiled:
             yield
         else:
-            # Compiled code shows no operators, and torch never compiles what it has once seen in such a context.
-            eager = torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
-            with eager, FlopCounter() as counter:
+            with FlopCounter() as counter:
                 yield
             self._flop_of[shapes] = counter.total
-        self._flop += self._flop_of[shapes]
+        self._flop += self._flop_of.get(shapes, 0)
         self._samples += num_samples
 
     @contextmanager
@@ -136,11 +151,12 @@ class StepMeter:
         rate = self._flop / seconds / 1e12
         rates = {
             "samples_per_second": self._samples / seconds,
-            "tflops_per_second": rate,
             "data_wait": self._wait_seconds / seconds,
             "peak_memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
-        if self.peak_tflops is not None:
-            rates["mfu"] = rate / self.peak_tflops
+        if not self.is_compiled:
+            rates["tflops_per_second"] = rate
+            if self.peak_tflops is not None:
+                rates["mfu"] = rate / self.peak_tflops
         self.start()
         return rates

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from simpletuner.config.errors import UserError
@@ -48,6 +49,31 @@ def test_the_eager_backend_changes_nothing(project: Project, tmp_path: Path, cha
 def test_inductor_agrees(project: Project, tmp_path: Path, changes: dict[str, Any]):
     # Adam divides a gradient by its own size: where it is nearly zero, the last bits decide the sign of a whole step.
     compare(project, tmp_path, "inductor", 2e-3, **changes)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_last_bit(project: Project, tmp_path: Path):
+    rows(project, tmp_path / "straight", "inductor")
+    other = project.at(tmp_path / "cut")
+    for steps in (2, 4):
+        torch._dynamo.reset()
+        other.train(dynamo_backend="inductor", max_train_steps=steps)
+    one, two = (
+        load_file(tmp_path / name / "output" / "pytorch_lora_weights.safetensors") for name in ("straight", "cut")
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_later_steps_of_a_bucket_compile_nothing(project: Project, tmp_path: Path):
+    project.datasets[0] |= {"crop": True, "crop_aspect": "square"}
+    graphs: list[int] = []
+    for steps in (2, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        project.at(tmp_path / f"{steps}").train(dynamo_backend="eager", max_train_steps=steps)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and find_spec("xformers") is not None, reason="it can run here")
