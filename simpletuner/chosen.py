@@ -1,9 +1,12 @@
 """The plug-ins that a config names, and what the headers of its model tell."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
 
 from simpletuner import registry
-from simpletuner.config.errors import Problems
+from simpletuner.config.errors import Problems, UserError
 from simpletuner.config.schema import Config
 from simpletuner.config.sections import ModelSection
 from simpletuner.distillers._base import Distiller
@@ -40,7 +43,7 @@ def choose(config: Config) -> Chosen:
     """Returns the plug-ins of a config; needs no data, so that the scan can wait for it.
 
     Raises:
-        UserError: One line for each name that is unknown and each path that is no model.
+        UserError: One line for each name that is unknown, each package that is missing and each path that is no model.
     """
     problems, model = Problems(), config.model
     method = config.distillation.distillation_method or "sft"
@@ -51,9 +54,20 @@ def choose(config: Config) -> Chosen:
     optimizer = problems.attempt(lambda: registry.load("optimizers", config.optimizer.optimizer, "optimizer"))
     if optimizer is not None:
         problems.attempt(lambda: optimizer.keywords(config.optimizer))
+    problems.attempt(lambda: _check_attention(model.attention_mechanism))
     problems.raise_any()
     assert family
     assert facts
     assert distiller
     assert optimizer
     return Chosen(family, source, facts, method, distiller, optimizer)
+
+
+def _check_attention(mechanism: str) -> None:
+    """Raises UserError for a kernel that this machine cannot run."""
+    if mechanism != "xformers":
+        return
+    if find_spec("xformers") is None:
+        raise UserError("attention_mechanism: 'xformers' needs its package: pip install \"simpletuner[xformers]\"")
+    if not torch.cuda.is_available():
+        raise UserError("attention_mechanism: 'xformers' needs a CUDA device, and there is none; use 'diffusers'")

@@ -6,7 +6,6 @@ It reads JSON files and safetensors headers only, writes nothing, and imports ne
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -143,7 +142,6 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     problems = Problems()
     notices = [*config.notices, *chosen.facts.notices]
     weight_dtype, compute_dtype = _dtypes(config, chosen.optimizer, notices, problems)
-    problems.attempt(lambda: _check_attention(config.model.attention_mechanism))
     notices.extend(problems.attempt(lambda: check_precisions(config.model, chosen.facts.num_text_encoders)) or [])
     problems.lines.extend(_misfits(chosen, config.model.model_type))
     method_config = problems.attempt(lambda: _method_config(config, chosen, notices))
@@ -239,16 +237,6 @@ def _dtypes(
             f"mixed_precision: the weights stay float32, as {why} needs; the network computes in {precision}"
         )
     return torch.float32, compute
-
-
-def _check_attention(mechanism: str) -> None:
-    """Raises UserError for a kernel that this machine cannot run."""
-    if mechanism != "xformers":
-        return
-    if find_spec("xformers") is None:
-        raise UserError("attention_mechanism: 'xformers' needs its package: pip install \"simpletuner[xformers]\"")
-    if not torch.cuda.is_available():
-        raise UserError("attention_mechanism: 'xformers' needs a CUDA device, and there is none; use 'diffusers'")
 
 
 def _validation(config: Config, defaults: Defaults, family: ModelFamily) -> ValidationPlan:

@@ -77,10 +77,11 @@ def test_later_steps_of_a_bucket_compile_nothing(project: Project, tmp_path: Pat
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and find_spec("xformers") is not None, reason="it can run here")
-def test_a_kernel_that_cannot_run_here_is_refused_in_the_plan(project: Project):
+def test_a_kernel_that_cannot_run_here_is_refused_in_the_plan_with_all_else_that_is_missing(project: Project):
     with pytest.raises(UserError) as caught:
-        project.train(attention_mechanism="xformers")
-    (line,) = caught.value.lines
+        project.train(attention_mechanism="xformers", optimizer="none-such")
+    other, line = caught.value.lines
+    assert other.startswith("optimizer: unknown value 'none-such'")
     missing = 'needs its package: pip install "simpletuner[xformers]"'
     assert line == "attention_mechanism: 'xformers' " + (
         missing if find_spec("xformers") is None else "needs a CUDA device, and there is none; use 'diffusers'"
