@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -105,6 +105,23 @@ def sample(
     quieten_libraries()
     wishes = Wishes(prompt, range(seed, seed + num_images), size, steps, guidance, negative)
     for line in draw(run, wishes, output or run / "samples"):
+        print(line, flush=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The output_dir of a finished run.")],
+    to: Annotated[Literal["kohya", "pipeline", "checkpoint"], typer.Option("--to", help="What to write.")],
+    output: Annotated[Path, typer.Option(help="The file (kohya, checkpoint) or the folder (pipeline) to write.")],
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Default: the run's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Write the result of a run for other programs: kohya's adapters, a whole pipeline, or one checkpoint file."""
+    from simpletuner.exporting import export as write
+    from simpletuner.quiet import quieten_libraries
+
+    quieten_libraries()
+    for line in write(run, to, output, dtype, force):
         print(line, flush=True)
 
 

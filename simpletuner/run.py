@@ -19,6 +19,7 @@ from simpletuner.data.identity import Ranks
 from simpletuner.data.precompute import Cache, precompute, prepare
 from simpletuner.data.summary import summarise
 from simpletuner.evaluation.evaluate import evaluate, require_scenes
+from simpletuner.exporting import export
 from simpletuner.hooks.caching import CachingProgress
 from simpletuner.hooks.profiling import ProfilingHook
 from simpletuner.hooks.progress import ProgressHook
@@ -277,6 +278,9 @@ def _finish(plan: Plan, run: Run, state: TrainState) -> None:
     with run.averaged_weights():
         for line in write_result(plan, run, state):
             _LOG.info(line)
+    if run.has_adapter and plan.config.lora.lora_format != "diffusers":
+        for line in export(output_dir, "kohya", output_dir / "kohya" / f"{output_dir.name}.safetensors", force=True):
+            _LOG.info("for other programs: %s", line)
     sheet = output_dir / "validation" / "contact_sheet.png"
     if sheet.is_file():
         _LOG.info("pictures: %s", sheet)

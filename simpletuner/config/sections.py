@@ -176,8 +176,7 @@ class LoraSection(Section):
     lora_format: Literal["diffusers", "kohya", "comfyui"] = setting(
         "diffusers",
         "free",
-        "Layout of the saved file.",
-        inert="the file has diffusers' layout, which ComfyUI reads too",
+        "Layout of the saved file; another than diffusers' is written beside it, in output_dir/kohya.",
     )
     init_lora: str | None = setting(None, "free", "Adapter file to start from, instead of a new adapter.")
 

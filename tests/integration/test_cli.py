@@ -194,7 +194,7 @@ def test_the_options_of_a_method_that_is_not_chosen_are_left_alone(project: Proj
 
 
 def test_a_plan_for_programs(project: Project, simpletuner: Command):
-    project.write(gradient_accumulation_steps=2, lora_format="kohya")
+    project.write(gradient_accumulation_steps=2, vae_cache_ondemand=True)
     said = simpletuner("plan", "--config", project.folder, "--json")
     assert said.status == 0
     plan = json.loads(said.out)
@@ -205,7 +205,7 @@ def test_a_plan_for_programs(project: Project, simpletuner: Command):
     assert (plan["effective_batch"], plan["batches_per_epoch"], plan["max_steps"]) == (4, 3, 2)
     assert plan["epochs"] == pytest.approx(4 / 3)
     assert plan["lora"]["num_modules"] == 79
-    assert [notice for notice in plan["notices"] if notice.startswith("lora_format: has no effect")]
+    assert [notice for notice in plan["notices"] if notice.startswith("vae_cache_ondemand: has no effect")]
 
 
 def test_a_plan_counts_the_processes_that_train_sh_would_start(

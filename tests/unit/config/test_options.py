@@ -18,7 +18,7 @@ def test_options_page_has_every_option_with_type_default_and_bounds() -> None:
     assert rows["model_type"].startswith("| `model_type` | `lora`, `full` | `lora` | fixed | ")
     assert rows["ema_decay"].startswith("| `ema_decay` | number, above 0, below 1 | `0.995` | told | ")
     assert rows["report_to"].split(" | ")[1].startswith("list of `wandb`")
-    assert "**No effect yet:**" in rows["lora_format"]
+    assert "**No effect yet:**" in rows["vae_cache_ondemand"]
     assert "**No effect yet:**" not in rows["learning_rate"]
 
 

@@ -40,7 +40,7 @@ def test_resume_rules_of_keys_that_decide_what_a_checkpoint_is() -> None:
 
 
 def test_inert_options_have_a_reason() -> None:
-    assert "lora_format" in inert_options()
+    assert "vae_cache_ondemand" in inert_options()
     assert "learning_rate" not in inert_options()
     assert all(inert_options().values())
 
