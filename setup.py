@@ -15,6 +15,7 @@ DEPENDENCIES = [
     "accelerate>=1.15,<2",
     "diffusers>=0.42.1,<1",
     "huggingface_hub>=2.4,<3",
+    "jinja2>=3.1,<4",
     "numpy>=2",
     "optimum-quanto>=0.2.7,<1",
     "peft>=0.21.2,<1",

@@ -23,6 +23,7 @@ from simpletuner.exporting import export
 from simpletuner.hooks.caching import CachingProgress
 from simpletuner.hooks.profiling import ProfilingHook
 from simpletuner.hooks.progress import ProgressHook
+from simpletuner.hooks.report import ReportHook
 from simpletuner.hooks.throughput import ThroughputHook
 from simpletuner.hooks.tracking import Trackers, start_trackers
 from simpletuner.hooks.uploading import CheckpointUpload
@@ -31,6 +32,7 @@ from simpletuner.plan import Plan, caches_of, make_plan
 from simpletuner.plan_view import cached_lines, plan_text
 from simpletuner.publishing.hub import Hub, open_hub
 from simpletuner.publishing.push import push_result
+from simpletuner.publishing.report import FILE_NAME as REPORT
 from simpletuner.publishing.result import disown, result_files, result_step, write_result
 from simpletuner.quiet import quieten_libraries
 from simpletuner.training import metrics, resume, run_lock, snapshot
@@ -72,6 +74,8 @@ def train(config: Config) -> TrainState:
                 ) from error
             if accelerator.is_main_process and config.validation.evaluation_prompts and state.stopped_by is None:
                 _evaluate(plan)
+            if accelerator.is_main_process:
+                ReportHook(plan, prepared.dataset).write(state)  # with the code of its card, and what was judged
         if hub is not None and state.stopped_by is None and push_result(plan, hub):
             _LOG.info("uploaded: %s", hub.url)
         accelerator.wait_for_everyone()
@@ -235,6 +239,8 @@ def _trainer(prepared: _Prepared, run: Run, state: TrainState) -> Trainer:
         hooks.append(make_validation(plan, run, trackers.pictures))
     if main and settings.profile_steps:
         hooks.append(ProfilingHook(settings.profile_steps, output_dir))
+    if main:
+        hooks.append(ReportHook(plan, run.dataset))
     if prepared.hub is not None and plan.config.publish.push_checkpoints_to_hub:
         hooks.append(CheckpointUpload(plan, run, prepared.hub))
 
@@ -284,3 +290,4 @@ def _finish(plan: Plan, run: Run, state: TrainState) -> None:
     sheet = output_dir / "validation" / "contact_sheet.png"
     if sheet.is_file():
         _LOG.info("pictures: %s", sheet)
+    _LOG.info("all on one page: %s", output_dir / REPORT)

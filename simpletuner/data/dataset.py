@@ -24,7 +24,7 @@ from simpletuner.data.cache import Reader
 from simpletuner.data.columns import Column, cell, integers
 from simpletuner.data.columns import compute as pc
 from simpletuner.data.encode import NUM_DECODERS
-from simpletuner.data.geometry import cut_anew
+from simpletuner.data.geometry import Size, cut_anew
 from simpletuner.data.identity import Encoding, Ranks, ahead, text_keys
 from simpletuner.data.precompute import Cache
 from simpletuner.data.sampler import Draw, Position, SampledDataset, Sampler, Window, share
@@ -147,6 +147,17 @@ class CachedDataset:
     def batches_per_epoch(self) -> dict[str, int]:
         """Dataset id -> global batches of one of its epochs."""
         return {dataset.id: dataset.num_batches for dataset in self.sampler.datasets}
+
+    def examples(self, num_images: int, num_buckets: int) -> Iterator[tuple[str, Size, int, list[str]]]:
+        """Yields dataset, width and height, number of images, and the ids of some, of the largest buckets of each."""
+        for dataset, images in zip(self.sampler.datasets, self._images, strict=True):
+            sizes = dataset.bucket_sizes
+            for bucket in sorted(range(len(sizes)), key=lambda number: -sizes[number])[:num_buckets]:
+                start = images.starts[bucket]
+                numbers = images.numbers[start : start + min(num_images, sizes[bucket])].tolist()
+                height, width = images.targets[bucket]
+                ids = [images.paths[number].as_py() for number in numbers]
+                yield dataset.id, (width, height), sizes[bucket], ids
 
     def batches(self, position: Position | None = None, drawn: int = 0) -> Iterator[tuple[Batch, Position]]:
         """Yields (batch of this rank, position behind it), as long as a dataset is shown.

@@ -23,7 +23,7 @@ from simpletuner.training.sampling import SamplingSettings, base_dtype, base_set
 from simpletuner.training.state import TrainState
 
 _LOG = logging.getLogger(__name__)
-_NOTES = "columns.json"
+NOTES = "columns.json"
 
 
 @dataclass(frozen=True)
@@ -217,11 +217,11 @@ class Validation:
             shutil.rmtree(folder, ignore_errors=True)
         with files_into(self._folder) as made:
             document = {**noted, column.folder: {"label": column.label, "how": how}}
-            (made / _NOTES).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
+            (made / NOTES).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
 
     def _noted(self) -> dict[str, dict[str, str]]:
         """Returns the label of each column that was drawn, and how it was: the config may say otherwise by now."""
-        path = self._folder / _NOTES
+        path = self._folder / NOTES
         return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
 
     def _draw_one(self, column: Column, request: Request, vae: nn.Module, path: Path) -> None:
