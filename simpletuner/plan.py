@@ -3,9 +3,9 @@
 It reads JSON files and safetensors headers only, writes nothing, and imports neither diffusers nor transformers.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from simpletuner.families._base import LORA_PRESETS, Facts, ModelFamily, lora_mo
 from simpletuner.families._source import ModelSource
 from simpletuner.idle import idle_settings
 from simpletuner.optimizers._base import OptimizerPlugin
+from simpletuner.prompt_library import Wish, wishes
 from simpletuner.quantization import check_precisions, text_precisions
 from simpletuner.schedules import from_scheduler_config
 
@@ -49,16 +50,23 @@ class LoraPlan:
 class ValidationPlan:
     """The pictures to draw while training; without prompts nothing is drawn."""
 
-    prompts: tuple[str, ...]
+    wishes: tuple[Wish, ...]
     negative_prompt: str
     sizes_px: tuple[tuple[int, int], ...]
     """(width, height) of each."""
     seeds: tuple[int, ...]
     step_interval: int
     num_inference_steps: int
+    other_steps: tuple[int, ...]
+    """Numbers of steps that are drawn too, a column each."""
     guidance_scale: float
     """As diffusers counts it; up to 1 is off."""
     guidance_rescale: float
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What is drawn."""
+        return tuple(wish.prompt for wish in self.wishes)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,8 @@ class Plan:
     @property
     def prompts(self) -> tuple[str, ...]:
         """The texts to encode beside the captions."""
-        return (*self.validation.prompts, self.validation.negative_prompt)
+        negatives = (wish.negative_prompt for wish in self.validation.wishes if wish.negative_prompt)
+        return (*self.validation.prompts, self.validation.negative_prompt, *negatives)
 
     def encoding(self, device: torch.device) -> Encoding:
         """Returns who encodes the caches, on a device.
@@ -148,8 +157,12 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     problems.raise_any()
     defaults = distiller.defaults(method_config, config.model.model_type)
     validation = problems.attempt(lambda: _validation(config, defaults, family))
-    facts = _run_facts(config, chosen, validation)
-    notices.extend(problems.attempt(lambda: distiller.check(method_config, facts)) or [])
+    drawn = validation if validation is not None and validation.wishes else None
+    facts = _run_facts(config, chosen, drawn)
+    for steps in (facts.validation_num_inference_steps, *(drawn.other_steps if drawn else ())):
+        of_steps = replace(facts, validation_num_inference_steps=steps)
+        notices.extend(problems.attempt(partial(distiller.check, method_config, of_steps)) or [])
+    problems.lines[:] = dict.fromkeys(problems.lines)  # what is wrong with each number of steps alike
     batches = sum(summary.batches_per_epoch(world) for summary in datasets)
     counted = batches > 0 or all(summary.complete for summary in datasets)
     max_steps = problems.attempt(lambda: count_steps(config, batches if counted else None, notices))
@@ -242,38 +255,24 @@ def _dtypes(
 def _validation(config: Config, defaults: Defaults, family: ModelFamily) -> ValidationPlan:
     """Returns what to draw. Raises UserError for a prompt library that cannot be read."""
     section = config.validation
-    prompts = [section.validation_prompt] if section.validation_prompt else []
-    if section.user_prompt_library is not None:
-        prompts += _prompt_library(section.user_prompt_library)
+    asked = wishes(section)
     seed = section.validation_seed if section.validation_seed is not None else config.run.seed
-    advised = defaults.validation_num_inference_steps, defaults.validation_guidance
-    asked = section.validation_num_inference_steps, section.validation_guidance
-    steps, guidance = (
-        next(value for value in values if value is not None)
-        for values in zip(asked, advised, family.usual_sampling, strict=True)
-    )
+    usual_steps, usual_guidance = family.usual_sampling
+    advised = int(defaults.validation_num_inference_steps or usual_steps)
+    given = section.validation_num_inference_steps or (advised,)
+    steps = advised if advised in given else given[-1]
+    guidances = section.validation_guidance, defaults.validation_guidance, usual_guidance
     return ValidationPlan(
-        prompts=() if section.validation_disable else tuple(dict.fromkeys(prompts)),
+        wishes=() if section.validation_disable else tuple(asked),
         negative_prompt=section.validation_negative_prompt,
         sizes_px=section.resolutions,
         seeds=tuple(seed + i for i in range(section.num_validation_images)),
         step_interval=section.validation_step_interval,
-        num_inference_steps=int(steps),
-        guidance_scale=guidance,
+        num_inference_steps=steps,
+        other_steps=tuple(number for number in given if number != steps),
+        guidance_scale=next(guidance for guidance in guidances if guidance is not None),
         guidance_rescale=section.validation_guidance_rescale,
     )
-
-
-def _prompt_library(path: Any) -> list[str]:
-    try:
-        library = json.loads(path.read_text(encoding="utf8"))
-    except OSError as error:
-        raise UserError(f"user_prompt_library: '{path}' cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"user_prompt_library: '{path}' is no JSON: {error}") from error
-    if not isinstance(library, dict) or not all(isinstance(prompt, str) for prompt in library.values()):
-        raise UserError(f'user_prompt_library: \'{path}\' is not of the form {{"name": "prompt", ...}}')
-    return list(library.values())
 
 
 def _method_config(config: Config, chosen: Chosen, notices: list[str]) -> Any:  # Any: of the method's own Config
@@ -289,10 +288,9 @@ def _method_config(config: Config, chosen: Chosen, notices: list[str]) -> Any:  
     return method_config
 
 
-def _run_facts(config: Config, chosen: Chosen, validation: ValidationPlan | None) -> RunFacts:
+def _run_facts(config: Config, chosen: Chosen, drawn: ValidationPlan | None) -> RunFacts:
     """Returns what the method may judge a run by."""
     scheduler = chosen.facts.scheduler_config
-    drawn = validation if validation is not None and validation.prompts else None
     return RunFacts(
         model_type=config.model.model_type,
         prediction_type=config.model.prediction_type or chosen.facts.prediction_type,

@@ -1,6 +1,7 @@
 """The whole way of a run: scan, plan, cache, build, train, publish; each arrow is one call."""
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from simpletuner.hooks.throughput import ThroughputHook
 from simpletuner.hooks.tracking import Trackers, start_trackers
 from simpletuner.hooks.uploading import CheckpointUpload
 from simpletuner.hooks.validation import make_validation
+from simpletuner.hooks.webhook import Webhook, read_hooks
 from simpletuner.plan import Plan, caches_of, make_plan
 from simpletuner.plan_view import cached_lines, plan_text
 from simpletuner.publishing.hub import Hub, open_hub
@@ -97,6 +99,7 @@ class _Prepared:
     hub: Hub | None
     """Where the main process uploads to, checked."""
     trackers: Trackers
+    webhooks: Sequence[Webhook] = ()
 
 
 def train_with_seeds(config: Config, seeds: Sequence[int]) -> list[Path]:
@@ -143,8 +146,11 @@ def _prepare(config: Config, accelerator: Accelerator, leaving: ExitStack) -> _P
         return _Prepared(plan, loaded, None, hub, Trackers([], loaded.step))
     if loaded is not None:
         _LOG.info("\n  - ".join([f"going on from {loaded.path}", *changes]))
-    trackers = Trackers([], 0)
+    trackers, webhooks = Trackers([], 0), list[Webhook]()
     if accelerator.is_main_process:
+        webhooks = _webhooks(plan)
+        for webhook in webhooks:
+            leaving.push(webhook.leave)
         trackers = start_trackers(config, loaded.step if loaded else 0)
         leaving.callback(trackers.finish)
     cache = _cache(plan, accelerator)
@@ -154,7 +160,16 @@ def _prepare(config: Config, accelerator: Accelerator, leaving: ExitStack) -> _P
     del cache
     plan = replace(plan, datasets=tuple(summary.without_rows() for summary in plan.datasets))
     give_back_memory()
-    return _Prepared(plan, loaded, dataset, hub, trackers)
+    return _Prepared(plan, loaded, dataset, hub, trackers, webhooks)
+
+
+def _webhooks(plan: Plan) -> list[Webhook]:
+    """Returns the hooks that the config names. Raises UserError for a mistake in their file."""
+    path, settings = plan.config.publish.webhook_config, plan.config.run
+    about = {"run": plan.config.hide(settings.output_dir.name), "max_steps": plan.max_steps}
+    pictures, interval = settings.output_dir / "validation", settings.checkpoint_step_interval
+    found = read_hooks(path, os.environ) if path is not None else []
+    return [Webhook(config, about, pictures, interval) for config in found]
 
 
 def _train(prepared: _Prepared, dataset: CachedDataset, accelerator: Accelerator) -> TrainState:
@@ -241,6 +256,7 @@ def _trainer(prepared: _Prepared, run: Run, state: TrainState) -> Trainer:
         hooks.append(ProfilingHook(settings.profile_steps, output_dir))
     if main:
         hooks.append(ReportHook(plan, run.dataset))
+    hooks += prepared.webhooks
     if prepared.hub is not None and plan.config.publish.push_checkpoints_to_hub:
         hooks.append(CheckpointUpload(plan, run, prepared.hub))
 

@@ -58,8 +58,8 @@ _TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
     ("notice", "the VAE encodes vae_batch_size images at once; lower that where memory is short"): (
         "vae_enable_tiling vae_enable_slicing vae_enable_patch_conv vae_cache_preprocess vae_tiling vae_slicing"
     ),
-    ("notice", "there are no webhooks; metrics.jsonl in output_dir has every number"): (
-        "webhook_config webhook_reporting_interval post_upload_script post_checkpoint_script"
+    ("notice", "webhook_config tells of each event once, and runs no program"): (
+        "webhook_reporting_interval post_upload_script post_checkpoint_script"
     ),
     ("notice", "the plan and the log say it at all times"): (
         "print_filenames print_sampler_statistics debug_aspect_buckets debug_dataset_loader"

@@ -19,7 +19,14 @@ from simpletuner.config.fields import Json, Section, as_json
 from simpletuner.config.files import BACKEND_NAMES, Places, config_file, default_config_path, parse
 from simpletuner.config.findings import Findings
 from simpletuner.config.schema import SECTIONS, Config, section_of
-from simpletuner.config.sections import DataSection, LoraSection, ModelSection, RunSection, ValidationSection
+from simpletuner.config.sections import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    PublishSection,
+    RunSection,
+    ValidationSection,
+)
 from simpletuner.config.values import bare_key, build, fill, number, switch_off, tidy
 
 __all__ = ["default_config_path", "load"]
@@ -189,6 +196,14 @@ def _resolve_paths(sections: dict[str, Section], explicit: frozenset[str], place
                 f"user_prompt_library: there is no file '{validation.user_prompt_library}' "
                 f"{places.looked_at(validation.user_prompt_library)}"
             )
+    publish = sections["publish"]
+    assert isinstance(publish, PublishSection)
+    if publish.webhook_config:
+        webhooks = places.find(publish.webhook_config)
+        sections["publish"] = publish.model_copy(update={"webhook_config": webhooks})
+        if webhooks is None:
+            looked_at = places.looked_at(publish.webhook_config)
+            findings.problems.append(f"webhook_config: there is no file '{publish.webhook_config}' {looked_at}")
     if "validation_resolution" not in explicit:
         edge = square_px(data.resolution, data.resolution_type, data.aspect_bucket_alignment)
         update["validation_resolution"] = f"{edge}x{edge}"

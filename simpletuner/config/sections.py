@@ -271,13 +271,19 @@ class ValidationSection(Section):
 
     validation_prompt: str | None = setting(None, "free", "Prompt to sample. Without any prompt nothing is sampled.")
     validation_negative_prompt: str = setting("", "free", "Negative prompt; it needs a guidance above 1.")
-    validation_prompt_library: bool = setting(
-        False, "free", "Sample a built-in set of prompts too.", inert="there is no built-in set: user_prompt_library"
+    validation_prompt_library: bool = setting(False, "free", "Sample twelve built-in prompts too.")
+    user_prompt_library: Path | None = setting(
+        None,
+        "free",
+        "JSON file of prompts to sample: {name: prompt}, or objects with prompt, negative_prompt, guidance, seed and "
+        "resolution in place of the prompt.",
     )
-    user_prompt_library: Path | None = setting(None, "free", "JSON file of prompts to sample: {name: prompt}.")
     validation_step_interval: int = setting(500, "free", "Steps between two validations; 0: only at the end.", ge=0)
-    validation_num_inference_steps: int | None = setting(
-        None, "free", "Sampling steps. Default: what the method advises.", ge=1, le=1000
+    validation_num_inference_steps: tuple[int, ...] = setting(
+        (),
+        "free",
+        "Sampling steps; of several, such as 1,2,4,8, each is a column, and the result is drawn in as many as the "
+        "method advises, or else the last. Default: what the method advises.",
     )
     validation_guidance: float | None = setting(
         None, "free", "Guidance scale; 0 or 1: off. Default: what the method advises.", ge=0
@@ -309,6 +315,13 @@ class ValidationSection(Section):
         """The sizes of validation_resolution as (width, height) in pixels."""
         return parse_resolutions(self.validation_resolution)
 
+    @field_validator("validation_num_inference_steps")
+    @classmethod
+    def _are_steps(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 1 <= steps <= 1000 for steps in value) or len(set(value)) < len(value):
+            raise ValueError(f"{', '.join(map(str, value))}: give different whole numbers from 1 to 1000")
+        return value
+
     @field_validator("validation_resolution")
     @classmethod
     def _is_parsed(cls, value: str) -> str:
@@ -324,6 +337,11 @@ class PublishSection(Section):
     )
     push_checkpoints_to_hub: bool = setting(
         False, "free", "With push_to_hub: upload the weights of every checkpoint too, while training goes on."
+    )
+    webhook_config: Path | None = setting(
+        None,
+        "free",
+        "JSON file of urls that are told of start, checkpoints, pictures, end and failure. See PUBLISHING.md.",
     )
     hub_model_id: str | None = setting(
         None, "free", "Repository on the hub: owner/name, or the name of one of yours. Default: output_dir's name."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from simpletuner.backends._base import open_backend
 from simpletuner.config.errors import UserError
 from simpletuner.data.dataset import CachedDataset
-from simpletuner.hooks.validation import NOTES, Request
+from simpletuner.hooks.validation import NOTES, requests_of
 from simpletuner.plan import Plan
 from simpletuner.plan_view import plan_rows
 from simpletuner.publishing.report import (
@@ -85,14 +85,8 @@ class ReportHook:
 
     def _prompts(self) -> dict[str, str]:
         """Returns the file of each picture of a column -> what is written over it."""
-        validation, hide = self.plan.validation, self.plan.config.hide
-        asked = [
-            Request(prompt, size, seed)
-            for prompt in validation.prompts
-            for size in validation.sizes_px
-            for seed in validation.seeds
-        ]
-        return {request.file_name: hide(request.label) for request in asked}
+        hide = self.plan.config.hide
+        return {request.file_name: hide(request.label) for request in requests_of(self.plan.validation)}
 
     def _labels(self) -> dict[str, str]:
         path = self.plan.config.run.output_dir / "validation" / NOTES

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +16,7 @@ from simpletuner.atomic import files_into
 from simpletuner.batch import Cond
 from simpletuner.data.cache import digest
 from simpletuner.hooks.contact_sheet import write_contact_sheet
-from simpletuner.plan import Plan
+from simpletuner.plan import Plan, ValidationPlan
 from simpletuner.training.build import Run
 from simpletuner.training.metrics import Row
 from simpletuner.training.sampling import SamplingSettings, base_dtype, base_settings, draw_picture, student_settings
@@ -34,13 +34,18 @@ class Request:
     size_px: tuple[int, int]
     """Width and height."""
     seed: int
+    negative_prompt: str | None = None
+    """None: the run's."""
+    guidance_scale: float | None = None
+    """None: that of the column."""
 
     @property
     def file_name(self) -> str:
-        """The file in each column's folder: readable, and another one for another prompt."""
+        """The file in each column's folder: readable, and another one for another prompt, or drawn otherwise."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower())[:40].strip("-")
         width, height = self.size_px
-        return f"{words}-{digest(self.prompt)[:6]}-{width}x{height}-{self.seed}.png"
+        own = [str(wish) for wish in (self.negative_prompt, self.guidance_scale) if wish is not None]
+        return f"{words}-{digest(self.prompt, *own)[:6]}-{width}x{height}-{self.seed}.png"
 
     @property
     def label(self) -> str:
@@ -78,15 +83,20 @@ ShowPictures = Callable[[int, Mapping[str, Path]], None]
 """Is told the step, and the pictures that were drawn of it, by a name that is the same at every step."""
 
 
+def requests_of(validation: ValidationPlan) -> list[Request]:
+    """Returns the pictures of a column."""
+    return [
+        Request(wish.prompt, size_px, seed, wish.negative_prompt, wish.guidance)
+        for wish in validation.wishes
+        for size_px in wish.sizes_px or validation.sizes_px
+        for seed in (validation.seeds if wish.seed is None else (wish.seed,))
+    ]
+
+
 def make_validation(plan: Plan, run: Run, show: ShowPictures) -> "Validation":
     """Returns the hook that draws what the plan says, and shows it on the main process."""
     validation = plan.validation
-    requests = [
-        Request(prompt, size_px, seed)
-        for prompt in validation.prompts
-        for size_px in validation.sizes_px
-        for seed in validation.seeds
-    ]
+    requests = requests_of(validation)
     # A file is named by its prompt, which others may not read where the environment filled it in.
     public = [plan.config.hide(request.prompt) == request.prompt for request in requests]
     return Validation(
@@ -94,6 +104,7 @@ def make_validation(plan: Plan, run: Run, show: ShowPictures) -> "Validation":
         {r: r.file_name.removesuffix(".png") if public[i] else f"picture-{i}" for i, r in enumerate(requests)},
         validation.negative_prompt,
         student=student_settings(plan, run),
+        other_steps=validation.other_steps,
         base=base_settings(plan),
         folder=plan.config.run.output_dir / "validation",
         step_interval=validation.step_interval,
@@ -112,6 +123,7 @@ class Validation:
         requests: Mapping[Request, str],
         negative_prompt: str,
         student: SamplingSettings,
+        other_steps: Sequence[int],
         base: SamplingSettings,
         folder: Path,
         step_interval: int,
@@ -123,7 +135,7 @@ class Validation:
         self._requests = list(requests)
         self._names = requests
         self._negative_prompt = negative_prompt
-        self._student = student
+        self._student, self._other_steps = student, other_steps
         self._step_interval = step_interval
         self._folder = folder
         self._draws_at_start = draws_at_start
@@ -166,11 +178,21 @@ class Validation:
         """Returns what is drawn at a step: the trained weights, and each average of them."""
         folder, label = f"step-{step:06d}", f"step {step}, {self._student.num_inference_steps} steps"
         trained = Column(folder, label, self._run.module, self._student, use_adapter=True)
+        others = [
+            Column(
+                f"{folder}-{number}steps",
+                f"step {step}, {number} step{'s' if number > 1 else ''}",
+                self._run.module,
+                replace(self._student, num_inference_steps=number),
+                use_adapter=True,
+            )
+            for number in self._other_steps
+        ]
         averages = [
             Column(f"{folder}-{role}", f"{label}, average", average.network, self._student, use_adapter=True)
             for role, average in self._run.averages.items()
         ]
-        return [trained, *averages]
+        return [trained, *others, *averages]
 
     def _draw(self, columns: Sequence[Column]) -> None:
         """Draws what is missing of the columns, then the sheet."""
@@ -225,14 +247,16 @@ class Validation:
         return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
 
     def _draw_one(self, column: Column, request: Request, vae: nn.Module, path: Path) -> None:
-        cond = self._run.dataset.prompt(request.prompt)
+        cond, settings = self._run.dataset.prompt(request.prompt), column.settings
+        if request.guidance_scale is not None:
+            settings = replace(settings, guidance_scale=request.guidance_scale)
         picture = draw_picture(
             self._run.family,
             column.network,
             vae,
-            column.settings,
+            settings,
             cond,
-            self._negative(cond),
+            self._negative(cond, request),
             request.size_px,
             request.seed,
             column.use_adapter,
@@ -241,10 +265,11 @@ class Validation:
         picture.save(temporary, format="PNG")
         os.replace(temporary, path)
 
-    def _negative(self, cond: Cond) -> Cond:
+    def _negative(self, cond: Cond, request: Request) -> Cond:
         """Returns the features [1, ...] of the negative prompt; without one, what a pipeline takes that got none."""
-        negative = self._run.dataset.prompt(self._negative_prompt)
-        return negative if self._negative_prompt else self._run.family.uncond(cond, negative)
+        text = self._negative_prompt if request.negative_prompt is None else request.negative_prompt
+        negative = self._run.dataset.prompt(text)
+        return negative if text else self._run.family.uncond(cond, negative)
 
     def _write_sheet(self) -> None:
         steps = sorted({_step_of(folder) for folder in self._folder.glob("step-*")})

@@ -146,7 +146,7 @@ def test_the_files_of_an_adapter(outputs: dict[str, Path], name: str):
     names = {path.name for path in output.iterdir() if not path.name.startswith(".")} - {"image.png", "base.png"}
     assert names == {
         *("pytorch_lora_weights.safetensors", "scheduler", "README.md", "simpletuner.json"),
-        *("checkpoint-2", "metrics.jsonl", "validation"),
+        *("checkpoint-2", "metrics.jsonl", "validation", "report.html"),
     }
     with safe_open(output / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])

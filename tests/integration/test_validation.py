@@ -155,3 +155,39 @@ def test_pictures_of_other_settings_keep_their_label_and_the_base_is_drawn_anew(
     assert picture("base") == before["base"]
     assert picture("step-000001") == before["step-000001"]
     assert picture("base-few-steps") != before["base-few-steps"]
+
+
+def test_several_numbers_of_steps_are_columns_of_the_same_noise(project: Project):
+    project.train(**ONE, validation_num_inference_steps="1,4,8")
+    found = folders(project)
+    assert found.keys() == {"step-000002", "step-000002-1steps", "step-000002-8steps"}
+    noted = json.loads((project.output / "validation" / "columns.json").read_text())
+    assert [noted[name]["label"] for name in sorted(found)] == ["step 2, 4 steps", "step 2, 1 step", "step 2, 8 steps"]
+    root = project.output / "validation"
+    drawn = {name: Image.open(next((root / name).glob("*.png"))) for name in found}
+    other = project.at(project.folder.parent / "eight")
+    other.train(**ONE, validation_num_inference_steps=8)
+    alone = Image.open(next((other.output / "validation" / "step-000002").glob("*.png")))
+    assert ImageChops.difference(drawn["step-000002-8steps"], alone).getbbox() is None
+    assert ImageChops.difference(drawn["step-000002"], alone).getbbox() is not None
+    assert "num_inference_steps=4," in (project.output / "README.md").read_text()  # what the method advises
+    sheet = Image.open(root / "contact_sheet.png")
+    assert sheet.width == 3 * (64 + 6) + 6
+
+
+def test_a_prompt_of_a_library_may_wish_for_other_settings(project: Project):
+    library = project.folder / "prompts.json"
+    library.parent.mkdir(parents=True)
+    own = {"prompt": "a boat", "seed": 7, "resolution": "96x64", "guidance": 3.0, "negative_prompt": "grey"}
+    library.write_text(json.dumps({"plain": "a boat on a lake", "own": own}))
+    settings = {**ONE, "validation_prompt": None, "user_prompt_library": str(library)}
+    project.train(**settings)
+    names = {name.partition("-64x")[0].partition("-96x")[0][:6] for name in folders(project)["step-000002"]}
+    assert names == {"a-boat"}
+    (path,) = (project.output / "validation" / "step-000002").glob("*-96x64-7.png")
+    library.write_text(json.dumps({"own": {**own, "negative_prompt": "blue", "guidance": 9.0}}))
+    other = project.at(project.folder.parent / "other")
+    other.train(**settings)
+    (again,) = (other.output / "validation" / "step-000002").glob("*-96x64-7.png")
+    with Image.open(path) as one, Image.open(again) as two:
+        assert ImageChops.difference(one, two).getbbox() is not None
