@@ -15,7 +15,6 @@ _USES = {
     "aws": "datasets in S3 buckets",
     "bitsandbytes": "8-bit Adam, nf4 bases",
     "datasets": "datasets of the hub, parquet and arrow files",
-    "lycoris": "LyCORIS adapters",
     "prodigy": "the optimizer prodigy",
     "schedulefree": "the optimizer adamw_schedulefree",
     "tensorboard": "report_to tensorboard",

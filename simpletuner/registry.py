@@ -65,7 +65,6 @@ _EXTRAS = {
     "tensorboard": "tensorboard",
     "prodigyopt": "prodigy",
     "schedulefree": "schedulefree",
-    "lycoris": "lycoris",
 }
 
 

@@ -257,7 +257,7 @@ _OPTIMIZERS = {
 _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
     "model_type": {"controlnet": (None, "control networks are not built"), "deepfloyd-lora": (None, _FAMILY)},
     "mixed_precision": {"fp32": ("no", "it is another name"), "fp8": (None, "use bf16")},
-    "lora_type": {"lycoris": (None, "LyCORIS adapters are not built yet; use standard")},
+    "lora_type": {"lycoris": (None, "LyCORIS adapters are not built; use standard, or use_dora")},
     "lora_init_type": {
         name: (None, "it changes the base weights, which are the teacher; use default or gaussian")
         for name in ("loftq", "olora", "pissa", "eva", "corda")

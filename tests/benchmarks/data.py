@@ -392,7 +392,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(BENCHMARKS), default=tuple(BENCHMARKS))
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to make the files")
     for line in lines(parser.parse_args()):
