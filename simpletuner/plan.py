@@ -157,11 +157,8 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
     problems.raise_any()
     defaults = distiller.defaults(method_config, config.model.model_type)
     validation = problems.attempt(lambda: _validation(config, defaults, family))
-    drawn = validation if validation is not None and validation.wishes else None
-    facts = _run_facts(config, chosen, drawn)
-    for steps in (facts.validation_num_inference_steps, *(drawn.other_steps if drawn else ())):
-        of_steps = replace(facts, validation_num_inference_steps=steps)
-        notices.extend(problems.attempt(partial(distiller.check, method_config, of_steps)) or [])
+    for facts in _run_facts(config, chosen, validation):
+        notices.extend(problems.attempt(partial(distiller.check, method_config, facts)) or [])
     problems.lines[:] = dict.fromkeys(problems.lines)  # what is wrong with each number of steps alike
     batches = sum(summary.batches_per_epoch(world) for summary in datasets)
     counted = batches > 0 or all(summary.complete for summary in datasets)
@@ -288,16 +285,19 @@ def _method_config(config: Config, chosen: Chosen, notices: list[str]) -> Any:  
     return method_config
 
 
-def _run_facts(config: Config, chosen: Chosen, drawn: ValidationPlan | None) -> RunFacts:
-    """Returns what the method may judge a run by."""
+def _run_facts(config: Config, chosen: Chosen, validation: ValidationPlan | None) -> list[RunFacts]:
+    """Returns what the method may judge a run by, for each number of steps in which pictures are drawn."""
     scheduler = chosen.facts.scheduler_config
-    return RunFacts(
+    drawn = validation if validation is not None and validation.wishes else None
+    facts = RunFacts(
         model_type=config.model.model_type,
         prediction_type=config.model.prediction_type or chosen.facts.prediction_type,
         schedule=from_scheduler_config(scheduler) if scheduler is not None else None,
         validation_num_inference_steps=drawn.num_inference_steps if drawn else None,
         validation_guidance=drawn.guidance_scale if drawn else None,
     )
+    others = drawn.other_steps if drawn else ()
+    return [facts, *(replace(facts, validation_num_inference_steps=steps) for steps in others)]
 
 
 def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]) -> LoraPlan:

@@ -286,7 +286,6 @@ _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
         for name in names.split()
     },
     "distillation_method": {"none": ("", "it is another word for the default")},
-    "report_to": {"all": (None, "name the trackers, such as wandb,tensorboard; or none")},
 }
 """Key -> value -> (the value that it is read as, or None where it is refused; why)."""
 

@@ -8,11 +8,11 @@ from pydantic import field_validator
 
 from simpletuner.config.backends import CaptionStrategy, ResolutionType
 from simpletuner.config.fields import Json, Section, setting
+from simpletuner.config.trackers import Tracker, named
 
 _Quanto = Literal["int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
 _Torchao = Literal["int8-torchao", "int4-torchao", "fp8-torchao"]
 Precision = Literal["no_change", _Quanto, _Torchao, "nf4-bnb"]
-Tracker = Literal["wandb", "tensorboard", "comet_ml", "mlflow", "swanlab"]
 
 _NO_EMA = "averaged weights are not built yet; the trained weights are saved"
 
@@ -361,10 +361,17 @@ class PublishSection(Section):
     )
     model_card_note: str | None = setting(None, "free", "Text of your own for the model card.")
     report_to: tuple[Tracker, ...] = setting(
-        (), "free", "Trackers: one, a list or a comma-separated string; none. See PUBLISHING.md."
+        (),
+        "free",
+        "Trackers: one, a list or a comma-separated string; none; all: those installed. See PUBLISHING.md.",
     )
     tracker_project_name: str = setting("simpletuner", "free", "Project in the tracker.")
     tracker_run_name: str | None = setting(None, "free", "Run in the tracker. Default: the tracker's own choice.")
+
+    @field_validator("report_to")
+    @classmethod
+    def _all_are_those_installed(cls, value: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        return named(value)
 
 
 class DistillationSection(Section):

@@ -346,3 +346,12 @@ def test_flat_has_every_key_as_json_and_loads_again(run: Run) -> None:
     again = run.load(json.loads(json.dumps(flat)))
     assert again.flat() == flat
     assert again.notices == ()
+
+
+def test_all_trackers_are_those_that_are_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"tensorboard", "mlflow"}
+    monkeypatch.setattr("simpletuner.config.trackers.find_spec", lambda name: name in there or None)
+    assert run.load({"report_to": "all"}).publish.report_to == ("tensorboard", "mlflow")
+    there.clear()
+    (line,) = run.problems({"report_to": "all"})
+    assert line == "report_to: all: none is installed of wandb, tensorboard, comet_ml, mlflow, swanlab"
