@@ -47,6 +47,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:  # Any: JSON
             "prompts": list(plan.validation.prompts),
             "sizes": [f"{width}x{height}" for width, height in plan.validation.sizes_px],
             "num_inference_steps": plan.validation.num_inference_steps,
+            "other_steps": list(plan.validation.other_steps),
             "guidance_scale": plan.validation.guidance_scale,
         },
         "caches": [{**vars(cache), "folder": str(cache.folder)} for cache in plan.caches],
@@ -218,7 +219,8 @@ def _validation_lines(plan: Plan) -> Iterator[str]:
     every = f"every {_some(validation.step_interval, 'step')} and " if validation.step_interval else ""
     guidance = "off" if validation.guidance_scale <= 1 else f"{validation.guidance_scale:g}"
     yield f"validation  {_some(len(validation.prompts), 'prompt')} at {sizes}, {every}at the end:"
-    yield f"            {_some(validation.num_inference_steps, 'step')}, guidance {guidance}"
+    others = f", and in {', '.join(map(str, validation.other_steps))}" if validation.other_steps else ""
+    yield f"            {_some(validation.num_inference_steps, 'step')}{others}, guidance {guidance}"
 
 
 def _epochs(plan: Plan) -> str:

@@ -5,6 +5,8 @@ import logging
 import time
 from dataclasses import dataclass, field
 
+from PIL import Image
+
 from simpletuner.backends._base import open_backend
 from simpletuner.config.errors import UserError
 from simpletuner.data.dataset import CachedDataset
@@ -56,7 +58,7 @@ class ReportHook:
         """Writes the page; what goes wrong is said, and ends no run."""
         try:
             write_report(self.plan.config.run.output_dir, self._report(state))
-        except (OSError, UserError, ValueError) as error:
+        except (OSError, UserError, ValueError, SyntaxError) as error:
             _LOG.warning("report.html could not be written: %s", error)
 
     def _report(self, state: TrainState) -> Report:
@@ -104,7 +106,7 @@ class ReportHook:
                 try:
                     with backend.open(name) as file:
                         pictures.append((name, thumbnail_uri(file.read())))
-                except (OSError, ValueError):
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises
                     continue
             found.append(BucketPictures(f"{dataset_id}, {width}x{height}", count, pictures))
         return found

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageChops
 
+from simpletuner.config.load import load
+from simpletuner.plan_view import plan_text
+from simpletuner.planning import look_ahead
 from tests.integration.conftest import Project
 
 PROMPT = "a red picture"
@@ -161,6 +164,7 @@ def test_several_numbers_of_steps_are_columns_of_the_same_noise(project: Project
     project.train(**ONE, validation_num_inference_steps="1,4,8")
     found = folders(project)
     assert found.keys() == {"step-000002", "step-000002-1steps", "step-000002-8steps"}
+    assert "4 steps, and in 1, 8, guidance off" in plan_text(look_ahead(load(project.folder / "config.json")))
     noted = json.loads((project.output / "validation" / "columns.json").read_text())
     assert [noted[name]["label"] for name in sorted(found)] == ["step 2, 4 steps", "step 2, 1 step", "step 2, 8 steps"]
     root = project.output / "validation"
