@@ -5,11 +5,10 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from PIL import Image
-
 from simpletuner.backends._base import open_backend
 from simpletuner.config.errors import UserError
 from simpletuner.data.dataset import CachedDataset
+from simpletuner.data.transforms import BadImage
 from simpletuner.hooks.validation import NOTES, requests_of
 from simpletuner.plan import Plan
 from simpletuner.plan_view import plan_rows
@@ -59,7 +58,7 @@ class ReportHook:
         try:
             write_report(self.plan.config.run.output_dir, self._report(state))
         except (OSError, UserError, ValueError, SyntaxError) as error:
-            _LOG.warning("report.html could not be written: %s", error)
+            _LOG.warning("report.html could not be written: %s", self.plan.config.hide(str(error)))
 
     def _report(self, state: TrainState) -> Report:
         plan, hide = self.plan, self.plan.config.hide
@@ -93,7 +92,7 @@ class ReportHook:
     def _labels(self) -> dict[str, str]:
         path = self.plan.config.run.output_dir / "validation" / NOTES
         noted = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
-        return {folder: column["label"] for folder, column in noted.items()}
+        return {folder: self.plan.config.hide(column["label"]) for folder, column in noted.items()}
 
     def _bucket_pictures(self) -> list[BucketPictures]:
         """Returns some images of each bucket; those that cannot be read are passed over."""
@@ -106,9 +105,11 @@ class ReportHook:
                 try:
                     with backend.open(name) as file:
                         pictures.append((name, thumbnail_uri(file.read())))
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises
+                except (OSError, BadImage):
                     continue
-            found.append(BucketPictures(f"{dataset_id}, {width}x{height}", count, pictures))
+            hide = self.plan.config.hide
+            named = [(hide(name), picture) for name, picture in pictures]
+            found.append(BucketPictures(hide(f"{dataset_id}, {width}x{height}"), count, named))
         return found
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,13 +18,17 @@ import jinja2
 from PIL import Image
 
 from simpletuner.atomic import files_into
+from simpletuner.data.transforms import open_rgb
 from simpletuner.training.metrics import Row
 
 FILE_NAME = "report.html"
 _MOST_POINTS = 1000
 _MOST_MOMENTS = 12
+_MOST_PICTURES = 240
+"""Of all moments together, some 5 MB: many prompts are shown at fewer moments."""
 _PICTURE_PX = 320
 _THUMBNAIL_PX = 96
+_NOTHING = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="  # transparent
 _CURVES = {
     "loss": "loss",
     "grad_norm": "gradient norm",
@@ -95,7 +100,8 @@ def report_html(report: Report) -> str:
         "steps": report.steps,
         "curves": [{"name": curve.name, "values": curve.values} for curve in report.curves],
         "moments": report.moments,
-        "rows": [{"prompt": row.prompt, "moving": row.moving} for row in report.pictures],
+        # The last moment is on the page as it is.
+        "rows": [{"prompt": row.prompt, "moving": row.moving[:-1]} for row in report.pictures],
     }
     # Within a script element only "<" could end it; JSON may write it so.
     quoted = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
@@ -117,7 +123,8 @@ def write_report(folder: Path, report: Report) -> Path:
 
 def curves_of(rows: Sequence[Row]) -> tuple[list[float], list[Curve]]:
     """Returns the steps and the curves of a run's metrics, thinned out where there are very many."""
-    rows = rows[:: max(1, math.ceil(len(rows) / _MOST_POINTS))]
+    stride = max(1, math.ceil(len(rows) / _MOST_POINTS))
+    rows = [*rows[::stride], *(rows[-1:] if (len(rows) - 1) % stride else ())]
     found: list[Curve] = []
     for key in dict.fromkeys(key for row in rows for key in row):
         role, _, name = key.rpartition("/")
@@ -156,24 +163,33 @@ def pictures_of(
     columns = [path.name for path in sorted(folder.glob("*")) if path.is_dir()]
     fixed = [name for name in columns if not name.startswith("step-")]
     moving = [name for name in columns if name.startswith("step-")]
-    if len(moving) > _MOST_MOMENTS:
-        places = [round(n * (len(moving) - 1) / (_MOST_MOMENTS - 1)) for n in range(_MOST_MOMENTS)]
+    most = min(_MOST_MOMENTS, max(2, _MOST_PICTURES // max(1, len(requests))))
+    if len(moving) > most:
+        places = [round(n * (len(moving) - 1) / (most - 1)) for n in range(most)]
         moving = [moving[place] for place in places]
     rows: list[PictureRow] = []
     for file, prompt in requests.items():
         whole = [name for name in (*fixed, *moving) if (folder / name / file).is_file()]
         still = [(labels.get(name, name), picture_uri(folder / name / file)) for name in whole if name in fixed]
-        shown = [picture_uri(folder / name / file) if name in whole else "data:," for name in moving]
+        shown = [picture_uri(folder / name / file) if name in whole else _NOTHING for name in moving]
         if whole:
             rows.append(PictureRow(prompt, still, shown))
     return [labels.get(name, name) for name in moving], rows
 
 
-def picture_uri(file: Path | io.BytesIO, edge_px: int = _PICTURE_PX) -> str:
-    """Returns a picture, made no larger than the edge, as a data URI. Raises OSError, as Pillow does."""
+def picture_uri(file: Path) -> str:
+    """Returns a picture of ours as a data URI; one that was read before is not read again. Raises OSError."""
+    return _read_uri(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _read_uri(file: Path, _changed: int) -> str:
     with Image.open(file) as opened:
-        opened.draft("RGB", (edge_px, edge_px))
-        picture = opened.convert("RGB")
+        return _uri(opened.convert("RGB"), _PICTURE_PX)
+
+
+def _uri(picture: Image.Image, edge_px: int) -> str:
+    """Returns a picture, made no larger than the edge, as a data URI."""
     picture.thumbnail((edge_px, edge_px))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
@@ -181,8 +197,8 @@ def picture_uri(file: Path | io.BytesIO, edge_px: int = _PICTURE_PX) -> str:
 
 
 def thumbnail_uri(content: bytes) -> str:
-    """Returns an image file's content as a small data URI. Raises OSError, as Pillow does."""
-    return picture_uri(io.BytesIO(content), _THUMBNAIL_PX)
+    """Returns an image of a dataset, as it is trained on, as a small data URI. Raises BadImage."""
+    return _uri(open_rgb(io.BytesIO(content)), _THUMBNAIL_PX)
 
 
 def markdown_table(text: str) -> list[list[str]]:

@@ -1,5 +1,7 @@
 """The page of a run: whole within one file, whatever prompts, names and settings say; looked at in a browser."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -19,9 +21,9 @@ from simpletuner.publishing.report import (
     code_of,
     curves_of,
     markdown_table,
-    picture_uri,
     pictures_of,
     report_html,
+    thumbnail_uri,
     write_report,
 )
 
@@ -48,7 +50,7 @@ def report(tmp_path: Path) -> Report:
         curves=curves,
         moments=moments,
         pictures=pictures,
-        buckets=[BucketPictures("d, 64x64", 3, [(HOSTILE, picture_uri(tmp_path / "base" / "a.png", 96))])],
+        buckets=[BucketPictures("d, 64x64", 3, [(HOSTILE, thumbnail_uri((tmp_path / "base" / "a.png").read_bytes()))])],
         tables=[("Judged", [["", "all right"], [HOSTILE, "93.0 %"]])],
         code=f"print({HOSTILE!r})",
     )
@@ -84,7 +86,7 @@ def test_nothing_that_is_said_becomes_markup_and_nothing_comes_from_elsewhere(re
 def test_what_is_wrong_is_no_number_and_what_is_long_is_thinned_out() -> None:
     rows: list[dict[str, Any]] = [{"step": n, "loss": float("nan") if n == 3 else 2.0} for n in range(5000)]
     steps, (curve,) = curves_of(rows)
-    assert (len(steps), steps[1]) == (1000, 5)
+    assert (len(steps), steps[1], steps[-1]) == (1001, 5, 4999)
     assert curve.values[1][-1] == pytest.approx(2.0)  # the average of what is the same is the same
     steps, (curve,) = curves_of(rows[:5])
     assert curve.values == [[2.0, 2.0, 2.0, None, 2.0]]
@@ -101,6 +103,28 @@ def test_many_moments_are_thinned_out_to_the_first_and_the_last(tmp_path: Path) 
     moments, (row,) = pictures_of(tmp_path, {"a.png": "a"}, {})
     assert (len(moments), moments[0], moments[-1]) == (12, "step-000000", "step-000039")
     assert len(row.moving) == 12
+
+
+def test_many_prompts_are_shown_at_fewer_moments_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(12):
+        (tmp_path / f"step-{step:06d}").mkdir()
+        for number in range(60):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"step-{step:06d}" / f"{number}.png")
+    requests = {f"{number}.png": str(number) for number in range(60)}
+    moments, rows = pictures_of(tmp_path, requests, {})
+    assert (len(moments), len(rows)) == (4, 60)
+    monkeypatch.setattr("simpletuner.publishing.report.Image.open", lambda _: pytest.fail("it was read again"))
+    assert pictures_of(tmp_path, requests, {}) == (moments, rows)
+
+
+def test_an_image_of_a_bucket_is_shown_as_it_is_trained_on() -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    buffer = io.BytesIO()
+    Image.new("RGBA", (80, 40)).save(buffer, "PNG", exif=exif.tobytes())
+    shown = Image.open(io.BytesIO(base64.b64decode(thumbnail_uri(buffer.getvalue()).partition(",")[2])))
+    assert shown.size == (40, 80)
+    assert shown.getpixel((20, 40)) == (255, 255, 255)
 
 
 def test_tables_and_code_are_found() -> None:
@@ -135,7 +159,7 @@ addEventListener("load", () => {
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs a Chromium")
-@pytest.mark.parametrize("width_px", [500, 1280])
+@pytest.mark.parametrize("width_px", [390, 500, 1280])
 def test_it_works_in_a_browser(report: Report, tmp_path: Path, width_px: int) -> None:
     path = write_report(tmp_path, report)
     path.write_text(path.read_text(encoding="utf8").replace("</head>", PROBE, 1), encoding="utf8")
@@ -157,5 +181,5 @@ def test_rows_of_pictures_are_json_too(report: Report) -> None:
     assert written is not None
     data = json.loads(written[1])
     assert data["rows"][0]["prompt"] == HOSTILE
-    assert data["rows"][0]["moving"] == list(report.pictures[0].moving)
+    assert data["rows"][0]["moving"] == list(report.pictures[0].moving[:-1])
     assert isinstance(report.pictures[0], PictureRow)
