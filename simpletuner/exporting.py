@@ -1,13 +1,14 @@
 """What a run has learnt, in the files that other programs read: ``simpletuner export``."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -78,7 +79,12 @@ def export(run: Path, to: Format, output: Path, dtype: str | None = None, force:
         "pipeline": _pipeline,
         "checkpoint": _checkpoint,
     }
-    yield from ways[to](result, output, number)
+    try:
+        yield from ways[to](result, output, number)
+    except NoLayout as error:
+        raise UserError(f"--to {to}: there is no place in that format for {error}; use pipeline") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--to {to}: '{output}' cannot be written, or the run's files not read: {error}") from error
 
 
 def _kohya(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[str]:
@@ -91,10 +97,7 @@ def _kohya(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[str]:
     config = {key.removeprefix("unet."): value for key, value in told.items()}
     names = _original_names(result, state) if result.family_name == "sdxl" else {}
     alphas = effective_alphas(state, config)
-    try:
-        renamed = kohya_lora(state, alphas, names)
-    except NoLayout as error:
-        raise UserError(f"--to kohya: there is no place in that format for {error} (use_dora); use pipeline") from error
+    renamed = kohya_lora(state, alphas, names)
     ranks = {value.shape[0] for name, value in state.items() if name.endswith("lora_A.weight")}
     metadata = _metadata(result, "lora") | {
         "ss_network_module": "networks.lora",
@@ -108,7 +111,8 @@ def _kohya(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[str]:
 
 def _original_names(result: _Result, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns module -> its name in the original release, of the modules that an adapter is on."""
-    blocks = Blocks.of(result.family.facts(result.source).shapes or state)
+    shapes = result.family.facts(result.source).shapes  # of a single file they are not known by diffusers' names
+    blocks = Blocks.of(shapes or result.family.load(result.source, torch.bfloat16).state_dict())
     modules = {name.partition(".lora_")[0] for name in state}
     return {module: original_module(module, blocks) for module in modules}
 
@@ -118,6 +122,8 @@ def _pipeline(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[str
     pipeline = _fused(result, dtype)
     with files_into(output.parent) as made:
         pipeline.save_pretrained(made / output.name, safe_serialization=True)
+        if output.is_dir():  # its files would stay among the new ones
+            shutil.rmtree(output)
     yield f"pipeline in {str(dtype).removeprefix('torch.')}: {output}"
 
 

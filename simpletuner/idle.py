@@ -16,6 +16,7 @@ _ADAPTER = (
     "use_dora",
     "use_rslora",
     "init_lora",
+    "lora_format",
 )
 _RULES: tuple[_Rule, ...] = (
     (

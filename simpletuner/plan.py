@@ -309,6 +309,10 @@ def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]
     rank = lora.lora_rank
     if "lora_rank" not in config.explicit and defaults.lora_rank is not None:
         rank = defaults.lora_rank
+    if lora.use_dora and lora.lora_format != "diffusers":
+        raise UserError(
+            f"lora_format: '{lora.lora_format}' has no place for DoRA; set it to diffusers, or use_dora to false"
+        )
     if lora.init_lora is not None and not Path(lora.init_lora).is_file():
         raise UserError(f"init_lora: '{lora.init_lora}' is no file; give the .safetensors of an adapter")
     if lora.lora_dropout > 0 and chosen.method != "sft":

@@ -51,10 +51,12 @@ class Blocks:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "Blocks":
-        """Returns those of a diffusers UNet, by the names of its parameters or modules."""
+        """Returns those of a diffusers UNet, by the names of all its parameters. Raises NoLayout."""
         names = list(names)
         first = {found[1] for name in names if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))}
         up = {int(found[1]) for name in names if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
+        if not first:
+            raise NoLayout("a UNet of other blocks")
         return cls(len(first), frozenset(up))
 
 
@@ -119,7 +121,7 @@ def kohya_lora(state: Mapping[str, Tensor], alphas: Mapping[str, float], names: 
             raise NoLayout(name)
         module = f"lora_unet_{names.get(found[1], found[1]).replace('.', '_')}"
         renamed[f"{module}.lora_{'down' if found[2] == 'A' else 'up'}.weight"] = value.contiguous()
-        renamed[f"{module}.alpha"] = torch.tensor(alphas[found[1]], dtype=value.dtype)
+        renamed[f"{module}.alpha"] = torch.tensor(alphas[found[1]], dtype=torch.float32)  # of any size
     return renamed
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from simpletuner.cli import app
 from simpletuner.config.errors import UserError
 from simpletuner.exporting import export
+from simpletuner.publishing.layouts import checkpoint_unet
 from tests.integration.conftest import Project
 from tests.tiny import RECIPES
 
@@ -88,7 +89,8 @@ def test_a_file_says_what_it_is(project: Project, tmp_path: Path) -> None:
     )
     assert told["simpletuner.method"] == "lcm"
     assert json.loads(told["simpletuner.sampling"])["scheduler"] == "LCMScheduler"
-    assert {value.dtype for value in load_file(tmp_path / "k.safetensors").values()} == {torch.float16}
+    tensors = load_file(tmp_path / "k.safetensors")
+    assert {value.dtype for name, value in tensors.items() if not name.endswith("alpha")} == {torch.float16}
     names = load_file(tmp_path / "k.safetensors").keys()
     assert any(name.startswith("lora_unet_input_blocks_") for name in names)
     assert not any("down_blocks" in name for name in names)
@@ -129,3 +131,33 @@ def test_what_cannot_be_had_is_one_line(project: Project, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"--to kohya: there is no place in that format for .*lora_magnitude_vector"):
         list(export(project.output, "kohya", tmp_path / "k"))
     assert not list(tmp_path.glob("k*"))
+    (project.output / "pytorch_lora_weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="--to kohya: '.*k' cannot be written, or the run's files not read"):
+        list(export(project.output, "kohya", tmp_path / "k"))
+    with pytest.raises(UserError, match=r"lora_format: 'kohya' has no place for DoRA"):
+        project.train(**LORA, use_dora=True, lora_format="kohya", output_dir=str(tmp_path / "other"))
+
+
+def test_an_adapter_on_attention_of_a_single_file_base_keeps_its_blocks(project: Project, tmp_path: Path) -> None:
+    model = Path(project.settings["pretrained_model_name_or_path"])
+    single = tmp_path / "base.safetensors"
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    save_file(checkpoint_unet(dict(unet.state_dict())), single)
+    project.train(**LORA, peft_lora_target_modules="attention")
+    list(export(project.output, "kohya", tmp_path / "folder.safetensors"))
+    document = json.loads((project.output / "simpletuner.json").read_text())
+    document["config"]["model"] |= {"pretrained_unet_model_name_or_path": str(single), "single_file_config": str(model)}
+    (project.output / "simpletuner.json").write_text(json.dumps(document))
+    list(export(project.output, "kohya", tmp_path / "file.safetensors"))
+    one, two = load_file(tmp_path / "folder.safetensors"), load_file(tmp_path / "file.safetensors")
+    assert one.keys() == two.keys()
+
+
+def test_a_full_lcm_has_no_place_in_a_checkpoint(project: Project, tmp_path: Path) -> None:
+    project.train(model_type="full", lora_rank=None, validation_disable=True)
+    with pytest.raises(UserError, match=r"--to checkpoint: there is no place in that format for .*cond_proj"):
+        list(export(project.output, "checkpoint", tmp_path / "c.safetensors"))
+    (tmp_path / "whole" / "unet").mkdir(parents=True)
+    (tmp_path / "whole" / "unet" / "old.safetensors").touch()
+    list(export(project.output, "pipeline", tmp_path / "whole", force=True))
+    assert not (tmp_path / "whole" / "unet" / "old.safetensors").exists()
