@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simpletuner.config.errors import UserError, suggestion
 from simpletuner.config.fields import Json
+from simpletuner.config.files import read_json
 from simpletuner.config.sections import ValidationSection, parse_resolutions
 
 _KEYS = ("prompt", "negative_prompt", "guidance", "seed", "resolution")
@@ -44,12 +45,7 @@ def read_library(path: Path) -> list[Wish]:
     Raises:
         UserError: One line for each mistake in it.
     """
-    try:
-        library = json.loads(path.read_text(encoding="utf8"))
-    except OSError as error:
-        raise UserError(f"user_prompt_library: '{path}' cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"user_prompt_library: '{path}' is no JSON: {error}") from error
+    library = read_json(path, "user_prompt_library")
     if not isinstance(library, dict) or not library:
         raise UserError(f'user_prompt_library: \'{path}\' is not of the form {{"name": "prompt", ...}}')
     problems: list[str] = []

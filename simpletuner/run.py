@@ -76,8 +76,8 @@ def train(config: Config) -> TrainState:
                 ) from error
             if accelerator.is_main_process and config.validation.evaluation_prompts and state.stopped_by is None:
                 _evaluate(plan)
-            if accelerator.is_main_process:
-                ReportHook(plan, prepared.dataset).write(state)  # with the code of its card, and what was judged
+            if prepared.report is not None:
+                prepared.report.write(state)  # with the code of its card, and what was judged
         if hub is not None and state.stopped_by is None and push_result(plan, hub):
             _LOG.info("uploaded: %s", hub.url)
         accelerator.wait_for_everyone()
@@ -100,6 +100,8 @@ class _Prepared:
     """Where the main process uploads to, checked."""
     trackers: Trackers
     webhooks: Sequence[Webhook] = ()
+    report: ReportHook | None = None
+    """Of the main process."""
 
 
 def train_with_seeds(config: Config, seeds: Sequence[int]) -> list[Path]:
@@ -160,7 +162,8 @@ def _prepare(config: Config, accelerator: Accelerator, leaving: ExitStack) -> _P
     del cache
     plan = replace(plan, datasets=tuple(summary.without_rows() for summary in plan.datasets))
     give_back_memory()
-    return _Prepared(plan, loaded, dataset, hub, trackers, webhooks)
+    report = ReportHook(plan, dataset) if accelerator.is_main_process else None
+    return _Prepared(plan, loaded, dataset, hub, trackers, webhooks, report)
 
 
 def _webhooks(plan: Plan) -> list[Webhook]:
@@ -254,8 +257,8 @@ def _trainer(prepared: _Prepared, run: Run, state: TrainState) -> Trainer:
         hooks.append(make_validation(plan, run, trackers.pictures))
     if main and settings.profile_steps:
         hooks.append(ProfilingHook(settings.profile_steps, output_dir))
-    if main:
-        hooks.append(ReportHook(plan, run.dataset))
+    if prepared.report is not None:
+        hooks.append(prepared.report)
     hooks += prepared.webhooks
     if prepared.hub is not None and plan.config.publish.push_checkpoints_to_hub:
         hooks.append(CheckpointUpload(plan, run, prepared.hub))

@@ -7,10 +7,9 @@ from typing import BinaryIO, Protocol, TypeVar
 
 from simpletuner import registry
 from simpletuner.config.backends import DatasetConfig, RemoteFolder
-from simpletuner.config.errors import suggestion
 from simpletuner.config.fields import Json, Section
 from simpletuner.config.findings import Findings
-from simpletuner.config.values import build
+from simpletuner.config.values import build_known
 
 S = TypeVar("S", bound=Section)
 
@@ -132,11 +131,8 @@ def own_options(owner: Owner, section: type[S], besides: Iterable[str] = ()) -> 
     Raises:
         UserError: One line for each that is unknown or wrong.
     """
-    own, where = section.model_fields, f"dataset '{owner.id}': "
-    known = (*besides, *own)
-    unknown = [f"{where}{key}: unknown key{suggestion(key, known)}" for key in owner.options if key not in known]
-    findings = Findings(unknown)
-    options = build(section, {key: value for key, value in owner.options.items() if key in own}, where, findings)
+    findings = Findings()
+    options = build_known(section, owner.options, f"dataset '{owner.id}': ", findings, besides)
     findings.raise_problems()
     return options
 

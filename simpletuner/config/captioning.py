@@ -8,11 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from simpletuner.config.errors import UserError, suggestion
+from simpletuner.config.errors import UserError
 from simpletuner.config.fields import Json, Section, setting
 from simpletuner.config.files import Places, parse
 from simpletuner.config.findings import Findings
-from simpletuner.config.values import build
+from simpletuner.config.values import build_known
 
 _SED = re.compile(r"s/((?:\\.|[^/\\])*)/((?:\\.|[^/\\])*)/([gi]*)", re.DOTALL)
 _SLASH = r"\/"
@@ -84,12 +84,7 @@ def read_shuffle(values: dict[str, Json], where: str, findings: Findings) -> Non
         example = '{"count": 3, "position_start": 1}'
         findings.problems.append(f"{where}: caption_shuffle: {json.dumps(written)} is no object, such as {example}")
         return
-    known = CaptionShuffle.model_fields
-    findings.problems.extend(
-        f"{where}: caption_shuffle.{key}: unknown key{suggestion(key, known)}" for key in own if key not in known
-    )
-    own = {key: value for key, value in own.items() if key in known}
-    values["caption_shuffle"] = build(CaptionShuffle, own, f"{where}: caption_shuffle.", findings).model_dump()
+    values["caption_shuffle"] = build_known(CaptionShuffle, own, f"{where}: caption_shuffle.", findings).model_dump()
 
 
 def resolve_filters(values: dict[str, Json], places: Places, where: str, findings: Findings) -> None:

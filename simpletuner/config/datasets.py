@@ -124,9 +124,7 @@ def _dataset(
     read_table(own, context.places, where, findings)
     deprecated.replace_values(own, f"{where}: ", findings)
     rounding_is_alignment(own, "alignment", f"{where}: ", findings)
-    switch_off(
-        own, (*_SIZES[1:], "minimum_aspect_ratio", "maximum_aspect_ratio", "max_num_samples", "end_step", "end_epoch")
-    )
+    switch_off(own, _SWITCHED_OFF_BY_ZERO)
     values = _inherited(own, context) | {key: value for key, value in own.items() if key not in _ENTRY_KEYS}
     _sizes_in_unit(values, own, where, findings)
     values["options"] = options

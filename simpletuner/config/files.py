@@ -78,6 +78,16 @@ def _similar(path: Path, places: Places) -> str:
     return suggestion(missing.name, (folder.name for folders in beside for folder in folders if _config_in(folder)))
 
 
+def read_json(path: Path, key: str) -> Json:
+    """Returns the content of a JSON file that an option names. Raises UserError."""
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except OSError as error:
+        raise UserError(f"{key}: '{path}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{key}: '{path}' is no JSON: {error}") from error
+
+
 def parse(path: Path) -> Json:
     """Returns the content of a JSON or TOML file.
 

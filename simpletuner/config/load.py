@@ -189,25 +189,23 @@ def _resolve_paths(sections: dict[str, Section], explicit: frozenset[str], place
     init_lora = _model_path("init_lora", lora.init_lora, places, findings)
     sections["lora"] = lora.model_copy(update={"init_lora": init_lora})
     update: dict[str, object] = {}
-    if validation.user_prompt_library:
-        update["user_prompt_library"] = places.find(validation.user_prompt_library)
-        if update["user_prompt_library"] is None:
-            findings.problems.append(
-                f"user_prompt_library: there is no file '{validation.user_prompt_library}' "
-                f"{places.looked_at(validation.user_prompt_library)}"
-            )
+    update["user_prompt_library"] = _file("user_prompt_library", validation.user_prompt_library, places, findings)
     publish = sections["publish"]
     assert isinstance(publish, PublishSection)
-    if publish.webhook_config:
-        webhooks = places.find(publish.webhook_config)
-        sections["publish"] = publish.model_copy(update={"webhook_config": webhooks})
-        if webhooks is None:
-            looked_at = places.looked_at(publish.webhook_config)
-            findings.problems.append(f"webhook_config: there is no file '{publish.webhook_config}' {looked_at}")
+    webhooks = _file("webhook_config", publish.webhook_config, places, findings)
+    sections["publish"] = publish.model_copy(update={"webhook_config": webhooks})
     if "validation_resolution" not in explicit:
         edge = square_px(data.resolution, data.resolution_type, data.aspect_bucket_alignment)
         update["validation_resolution"] = f"{edge}x{edge}"
     sections["validation"] = validation.model_copy(update=update)
+
+
+def _file(key: str, path: Path | None, places: Places, findings: Findings) -> Path | None:
+    """Returns where a file is that is only read."""
+    found = places.find(path) if path else None
+    if path and found is None:
+        findings.problems.append(f"{key}: there is no file '{path}' {places.looked_at(path)}")
+    return found
 
 
 def _model_path(key: str, name: str | None, places: Places, findings: Findings) -> str | None:

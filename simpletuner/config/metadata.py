@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-from simpletuner.config.errors import suggestion
 from simpletuner.config.fields import Json, Section, setting
 from simpletuner.config.files import Places
 from simpletuner.config.findings import Findings
-from simpletuner.config.values import build
+from simpletuner.config.values import build_known
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 
@@ -39,14 +38,10 @@ def read_table(values: dict[str, Json], places: Places, where: str, findings: Fi
         example = '{"path": "images.parquet", "filename_column": "filename"}'
         findings.problems.append(f"{where}: parquet: required by metadata_backend: parquet, such as {example}")
         return
-    known = ImageTable.model_fields
-    findings.problems.extend(
-        f"{where}: parquet.{key}: unknown key{suggestion(key, known)}" for key in written if key not in known
-    )
-    own: dict[str, Json] = {key: value for key, value in written.items() if key in known}
+    own = dict(written)
     if "path" in own:
         own["path"] = _file(own["path"], places, where, findings)
-    values["parquet"] = build(ImageTable, own, f"{where}: parquet.", findings).model_dump(mode="json")
+    values["parquet"] = build_known(ImageTable, own, f"{where}: parquet.", findings).model_dump(mode="json")
 
 
 def _file(written: Json, places: Places, where: str, findings: Findings) -> Json:

@@ -88,6 +88,17 @@ def build(section: type[S], values: dict[str, Json], prefix: str, findings: Find
     return section.model_validate(kept | missing)
 
 
+def build_known(
+    section: type[S], written: Mapping[str, Json], prefix: str, findings: Findings, besides: Iterable[str] = ()
+) -> S:
+    """Returns the section made of the values that it knows; others are problems, unless they are read elsewhere."""
+    own = section.model_fields
+    known = (*besides, *own)
+    unknown = (key for key in written if key not in known)
+    findings.problems.extend(f"{prefix}{key}: unknown key{suggestion(key, known)}" for key in unknown)
+    return build(section, {key: value for key, value in written.items() if key in own}, prefix, findings)
+
+
 def describe(section: type[Section], error: ErrorDetails) -> str:
     """Returns one line for a pydantic error: the key, the value, what is allowed."""
     key = str(error["loc"][0])

@@ -40,9 +40,5 @@ def integers(table: pyarrow.Table, name: str) -> npt.NDArray[np.int64]:
 
 def booleans(column: Column) -> npt.NDArray[np.bool_]:
     """Returns a column of truths without nulls."""
-    return np.concatenate([np.zeros(0, bool), *(chunk.to_numpy(zero_copy_only=False) for chunk in chunks(column))])
-
-
-def chunks(column: Column) -> list[Column]:
-    """Returns the arrays of a column."""
-    return list(column.chunks) if isinstance(column, pyarrow.ChunkedArray) else [column]
+    chunks = column.chunks if isinstance(column, pyarrow.ChunkedArray) else [column]
+    return np.concatenate([np.zeros(0, bool), *(chunk.to_numpy(zero_copy_only=False) for chunk in chunks)])

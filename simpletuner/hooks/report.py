@@ -44,14 +44,13 @@ class ReportHook:
         self.write(state)
 
     def on_step(self, state: TrainState, row: metrics.Row | None) -> None:
-        """Writes the page where pictures or a checkpoint are due."""
+        """Writes the page where pictures or a checkpoint are due, save at the last step: see ``on_end``."""
         intervals = (self.plan.validation.step_interval, self.plan.config.run.checkpoint_step_interval)
-        if state.finished or any(interval and state.step % interval == 0 for interval in intervals):
+        if not state.finished and any(interval and state.step % interval == 0 for interval in intervals):
             self.write(state)
 
     def on_end(self, state: TrainState) -> None:
-        """Writes the page of a run that was stopped."""
-        self.write(state)
+        """Leaves the last page to the run, which writes it when the result is there and judged."""
 
     def write(self, state: TrainState) -> None:
         """Writes the page; what goes wrong is said, and ends no run."""

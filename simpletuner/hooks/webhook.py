@@ -21,6 +21,9 @@ from pydantic import SecretStr, ValidationError
 
 from simpletuner.config.errors import UserError
 from simpletuner.config.fields import Section, setting
+from simpletuner.config.files import read_json
+from simpletuner.config.findings import Findings
+from simpletuner.config.values import fill
 from simpletuner.training.metrics import Row
 from simpletuner.training.state import TrainState
 
@@ -44,19 +47,16 @@ class WebhookConfig(Section):
 
 def read_hooks(path: Path, environ: Mapping[str, str]) -> list[WebhookConfig]:
     """Returns the hooks of a JSON file: an object, or a list of them. Raises UserError for each mistake."""
-    try:
-        written = json.loads(path.read_text(encoding="utf8"))
-    except OSError as error:
-        raise UserError(f"webhook_config: '{path}' cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"webhook_config: '{path}' is no JSON: {error}") from error
+
+    def named(name: str) -> str | None:
+        return environ.get(name.removeprefix("env:"), "") if name.startswith("env:") else None
+
+    written = fill(read_json(path, "webhook_config"), named, "webhook_config", Findings())
     found: list[WebhookConfig] = []
     for entry in written if isinstance(written, list) else [written]:
         own = dict(entry) if isinstance(entry, dict) else {}
         own.pop("log_level", None)  # upstream's: how much is told; here each event is told once
-        url = own.pop("callback_url", None) or own.get("webhook_url")
-        name = str(url).removeprefix("{env:").removesuffix("}")
-        own["webhook_url"] = environ.get(name, "") if str(url).startswith("{env:") else url
+        own["webhook_url"] = own.pop("callback_url", None) or own.get("webhook_url")
         try:
             made = WebhookConfig.model_validate(own)
         except ValidationError as error:
