@@ -12,13 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from simpletuner import registry
 from simpletuner.atomic import files_into
-from simpletuner.chosen import source_of
 from simpletuner.config.errors import UserError
-from simpletuner.config.sections import ModelSection
 from simpletuner.distillers._base import own_scheduler
-from simpletuner.evaluation.pipelines import result_document, result_pipeline, result_sampling
+from simpletuner.evaluation.pipelines import result_base, result_document, result_pipeline, result_sampling
 from simpletuner.families._base import ModelFamily
 from simpletuner.families._lora_file import LORA_FILE
 from simpletuner.families._source import ModelSource
@@ -44,8 +41,11 @@ class _Result:
     folder: Path
     document: dict[str, Any]  # Any: JSON
     family: ModelFamily
-    family_name: str
     source: ModelSource
+
+    @property
+    def family_name(self) -> str:
+        return self.document["config"]["model"]["model_family"]
 
     @property
     def is_adapter(self) -> bool:
@@ -69,11 +69,9 @@ def export(run: Path, to: Format, output: Path, dtype: str | None = None, force:
     if output.exists() and not force:
         raise UserError(f"--output: '{output}' is there already; --force overwrites it")
     document = result_document(run)
-    model = ModelSection.model_validate(document["config"]["model"])
-    source = source_of(model)
-    family = registry.load("families", model.model_family)().for_model(source)
-    result = _Result(run, document, family, model.model_family, source)
-    number = _DTYPES[dtype] if dtype is not None else getattr(torch, document["loading"]["dtype"])
+    family, source, own_dtype = result_base(document)
+    result = _Result(run, document, family.for_model(source), source)
+    number = own_dtype if dtype is None else _DTYPES[dtype]
     ways: dict[Format, Callable[[_Result, Path, torch.dtype], Iterator[str]]] = {
         "kohya": _kohya,
         "pipeline": _pipeline,

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import torch
 
-from simpletuner import registry
 from simpletuner.atomic import files_into
-from simpletuner.chosen import source_of
 from simpletuner.config.errors import UserError
-from simpletuner.config.sections import ModelSection, parse_resolutions
+from simpletuner.config.sections import parse_resolutions
 from simpletuner.distillers._base import own_scheduler
-from simpletuner.evaluation.pipelines import result_document, result_pipeline, result_sampling
+from simpletuner.evaluation.pipelines import result_base, result_document, result_pipeline, result_sampling
 from simpletuner.hooks.contact_sheet import write_contact_sheet
 from simpletuner.hooks.validation import Request
 
@@ -61,10 +59,7 @@ def sample(run: Path, wishes: Wishes, output: Path) -> Iterator[str]:
         )
     except ValueError as error:
         raise UserError(f"--size: {error}") from error
-    model = ModelSection.model_validate(document["config"]["model"])
-    family = registry.load("families", model.model_family)()
-    dtype: torch.dtype = getattr(torch, document["loading"]["dtype"])
-    pipeline = result_pipeline(family, source_of(model), dtype, run)
+    pipeline = result_pipeline(*result_base(document), run)
     pipeline.scheduler = own_scheduler(scheduler)
     pipeline.set_progress_bar_config(disable=True)
     how = ", ".join(f"{key} {value}" for key, value in arguments.items())

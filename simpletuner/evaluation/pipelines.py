@@ -1,12 +1,16 @@
 """The stock diffusers pipelines that are compared: of a run's base model, and of what the run has written."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from simpletuner import registry
+from simpletuner.chosen import source_of
 from simpletuner.config.errors import UserError
+from simpletuner.config.sections import ModelSection
 from simpletuner.families._base import ModelFamily, Part
 from simpletuner.families._fingerprint import fingerprint
 from simpletuner.families._source import ModelSource
@@ -36,6 +40,13 @@ def result_pipeline(family: ModelFamily, source: ModelSource, dtype: torch.dtype
     network = type(pipeline.unet).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     pipeline.register_modules(unet=network.to(pipeline.device))
     return pipeline
+
+
+def result_base(document: Mapping[str, Any]) -> tuple[ModelFamily, ModelSource, torch.dtype]:  # Any: JSON
+    """Returns the family and the place of the model that a finished run started from, and the dtype of its weights."""
+    model = ModelSection.model_validate(document["config"]["model"])
+    family = registry.load("families", model.model_family)()
+    return family, source_of(model), getattr(torch, document["loading"]["dtype"])
 
 
 def result_document(folder: Path) -> dict[str, Any]:  # Any: JSON
