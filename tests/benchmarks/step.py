@@ -102,9 +102,9 @@ def make_trainer(size: str, folder: Path, model: Path, batch_size: int, compiles
     accelerator = make_accelerator()
     plan = way._plan(load(folder), accelerator)
     cache = way._cache(plan, accelerator)
-    run = way.build(plan, accelerator, cache, way._dataset(plan, cache, accelerator))
-    prepared = way._Prepared(plan, None, cache, None, way.Trackers([], 0))
-    return way._trainer(prepared, run, cache, way.TrainState(plan.max_steps))
+    dataset = way._dataset(plan, cache, accelerator)
+    prepared = way._Prepared(plan, None, dataset, None, way.Trackers([], 0))
+    return way._trainer(prepared, way.build(plan, accelerator, dataset), way.TrainState(plan.max_steps))
 
 
 def make_floor(trainer: Trainer, dtype: torch.dtype | None) -> tuple[Callable[[], None], Callable[[], None]]:
