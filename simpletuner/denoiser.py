@@ -102,7 +102,16 @@ class Denoiser:
             return [(True, active) for _, active in _adapter_states(self._layers)]
         return [(False, [self._adapter])] * len(self._layers)
 
-    def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, geometry: Tensor, w: Tensor) -> Prediction:
+    def guided(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        uncond: Cond,
+        geometry: Tensor,
+        w: Tensor,
+        rows: Tensor | None = None,
+    ) -> Prediction:
         """Returns the guided prediction cond + w (cond - uncond), from one forward of 2B.
 
         A network that embeds w has learned to give just that, from one forward of B: guided again, w would count twice.
@@ -114,16 +123,24 @@ class Denoiser:
             uncond: The features that stand for no text, of the same shapes.
             geometry: [B, 6].
             w: [B] the paper's guidance scale (arXiv 2310.04378, eq. 13): diffusers' ``guidance_scale`` - 1.
+            rows: [R] the samples to guide; the others' w counts as 0, and their second half of the forward is left out.
+                Their number shapes the forward, so the device is not asked for it. None: all.
         """
         if self._embeds_w:
+            if rows is not None:
+                w = torch.zeros_like(w).index_copy(0, rows, w[rows])
             return self(x_t, t, cond, geometry, w)
+
+        def chosen(of_samples: Tensor) -> Tensor:
+            return of_samples if rows is None else of_samples[rows]
+
         both = self(
-            torch.cat([x_t, x_t]),
-            torch.cat([t, t]),
-            {name: torch.cat([value, uncond[name]]) for name, value in cond.items()},
-            torch.cat([geometry, geometry]),
+            torch.cat([x_t, chosen(x_t)]),
+            torch.cat([t, chosen(t)]),
+            {name: torch.cat([value, chosen(uncond[name])]) for name, value in cond.items()},
+            torch.cat([geometry, chosen(geometry)]),
         )
-        return Prediction(_guide(both.raw, w), _guide(both.x0, w), _guide(both.noise, w))
+        return Prediction(*(_guide(part, w, rows) for part in (both.raw, both.x0, both.noise)))
 
 
 def adapter_layers(module: nn.Module) -> list[nn.Module]:
@@ -191,7 +208,10 @@ def _set_adapter_states(layers: list[nn.Module], states: list[_AdapterState]) ->
         attributes["_active_adapter"] = active
 
 
-def _guide(both: Tensor, w: Tensor) -> Tensor:
-    """Returns [B, C, h, w] cond + w (cond - uncond) of [2B, C, h, w], cond first."""
-    cond, uncond = both.chunk(2)
-    return cond + w.to(both.dtype).reshape(-1, *(1 for _ in both.shape[1:])) * (cond - uncond)
+def _guide(both: Tensor, w: Tensor, rows: Tensor | None) -> Tensor:
+    """Returns [B, C, h, w] cond + w (cond - uncond) of [B + R, C, h, w], cond first; cond alone outside the R rows."""
+    cond, uncond = both[: len(w)], both[len(w) :]
+    scale = w.to(both.dtype).reshape(-1, *(1 for _ in both.shape[1:]))
+    if rows is None:
+        return cond + scale * (cond - uncond)
+    return cond.index_add(0, rows, scale[rows] * (cond[rows] - uncond))

@@ -91,6 +91,13 @@ class Draw:
     """[B] float32 guidance scales in the paper's form."""
     middle: Tensor | None = None
     """[B] noise times between start and end, for solvers of second order."""
+    guided: Tensor | None = None
+    """[R] int64 places, in the micro-batch, of the samples whose teacher is guided; None: all."""
+
+    @property
+    def num_guided(self) -> int:
+        """How many samples' teacher is guided; the device is not asked for it."""
+        return len(self.start if self.guided is None else self.guided)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Self:
         """Returns the draw with every tensor on the device."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor
 
 from simpletuner.batch import Batch
@@ -75,12 +75,26 @@ class LCMConfig(Section):
     solver: SolverName = setting(
         "ddim", "may_change", "The teacher's solver; dpm2s is of second order and calls the teacher twice."
     )
+    guidance_interval: tuple[float, float] = setting(
+        (0.0, 1.0),
+        "may_change",
+        "Where the teacher is guided, from 0 the picture to 1 pure noise; elsewhere it is asked once, with the "
+        "caption. Saves time; what it does to pictures has to be looked at.",
+    )
 
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> Self:
         if self.w_min > self.w_max:
             raise ValueError(f"w_min ({self.w_min:g}) is above w_max ({self.w_max:g}); swap them")
         return self
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval_is_within_the_way(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"[{low:g}, {high:g}] is no interval between 0 and 1, lower end first, such as [0.2, 1]")
+        return value
 
     @property
     def edges(self) -> Edges:
@@ -178,7 +192,16 @@ class LCM(Distiller):
             middle=self._middle(start, end),
             edge=self.edges(index, batch, randomness),
             w=config.w_min + (config.w_max - config.w_min) * randomness.uniform("w", batch.position),
+            guided=self._guided(index),
         )
+
+    def _guided(self, index: Tensor) -> Tensor | None:
+        """Returns [R] the places of the samples that start within the guidance interval; None: it is the whole way."""
+        low, high = self.config.guidance_interval
+        if (low, high) == (0.0, 1.0):
+            return None
+        share = (index + 1) / self.config.num_ddim_timesteps
+        return ((share >= low) & (share <= high)).nonzero().flatten()
 
     def _middle(self, start: Tensor, end: Tensor) -> Tensor | None:
         """Returns [B] the times at which a solver of second order looks half-way, None for one of first order."""
@@ -200,7 +223,7 @@ class LCM(Distiller):
             uncond, teacher = self.uncond(cond), self.denoisers["teacher"]
 
             def guided(z: Tensor, t: Tensor) -> Prediction:
-                return teacher.guided(z, t, cond, uncond, geometry, w)
+                return teacher.guided(z, t, cond, uncond, geometry, w, draw.guided)
 
             z_end = SOLVERS[self.config.solver](guided, schedule, z_start, draw)
             prediction = self.denoisers["target"](z_end, draw.end, cond, geometry, w)
@@ -264,6 +287,12 @@ def _problems(config: LCMConfig, facts: RunFacts) -> list[str]:
             problems.append(
                 f"distillation_config.num_ddim_timesteps: {num_steps} steps of {total // num_steps} timesteps end at "
                 f"{top} of {total}, where a picture is left; choose a divisor of {total}, such as 50 or 100"
+            )
+        low, high = config.guidance_interval
+        if not any(low <= (index + 1) / num_steps <= high for index in range(num_steps)):
+            problems.append(
+                f"distillation_config.guidance_interval: none of the {num_steps} steps from noise to picture starts "
+                f"between {low:g} and {high:g}; widen it, or set w_min and w_max to 0 for a teacher without guidance"
             )
         if facts.schedule.zero_terminal_snr and facts.prediction_type == "epsilon":
             problems.append(

@@ -50,6 +50,7 @@ _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsa
 LORA_PRESETS: Mapping[str, tuple[str, ...]] = {
     "attention": _ATTENTION,
     "attention-ff": (*_ATTENTION, *_FEED_FORWARD),
+    "all-linear": (*_ATTENTION, *_FEED_FORWARD, "proj_in", "proj_out", "time_emb_proj", "linear_1", "linear_2"),
     "lcm": (*_ATTENTION, "proj_in", "proj_out", *_FEED_FORWARD, *_CONVOLUTIONS),
 }
 """Names that stand for lists of layers. lcm: of the published LCM-LoRAs, 196.8M parameters at rank 64 on SDXL, 67.3M on

@@ -112,7 +112,8 @@ class Trainer:
         torch.manual_seed(_step_seed(self.settings.seed, state.step, run.accelerator.process_index))
         metrics: dict[str, Tensor | float] = {}
         roles = run.distiller.updates(state.step)
-        with self._meter.step((roles, *(tuple(batch.mean.shape) for batch, _ in window)), num_samples):
+        shapes = [(tuple(batch.mean.shape), draw.num_guided) for batch, draw in window]
+        with self._meter.step((roles, *shapes), num_samples):
             for role in roles:
                 metrics |= self._update(role, window)
         state.step += 1

@@ -81,5 +81,5 @@ def test_a_preset_names_the_layers(project: Project):
     plan = look_ahead(load(project.write(peft_lora_target_modules="attention-ff")))
     assert plan.lora is not None
     assert set(plan.lora.settings["target_modules"]) == {*ATTENTION, "ff.net.0.proj", "ff.net.2"}
-    with pytest.raises(UserError, match="named atention; presets are attention, attention-ff, lcm"):
+    with pytest.raises(UserError, match="named atention; presets are attention, attention-ff, all-linear, lcm"):
         look_ahead(load(project.write(peft_lora_target_modules=["atention"])))

@@ -53,6 +53,7 @@ def reference_losses(
     """Runs the reference on each sample, with the draws that the method made."""
     draw = lcm.draw(batch, Randomness(7))
     stride = 1000 // config.num_ddim_timesteps
+    low, high = config.guidance_interval
     assert batch.std is not None
     assert draw.posterior is not None
     assert draw.w is not None
@@ -71,7 +72,7 @@ def reference_losses(
                 x0=x0[i : i + 1],
                 noise=draw.noise[i : i + 1].double(),
                 index=(int(draw.start[i]) + 1) // stride - 1,
-                w=float(draw.w[i]),
+                w=float(draw.w[i]) if low <= (int(draw.start[i]) + 1) / 1000 <= high else 0.0,
                 cond=(one(batch.cond, i), geometry, float(draw.w[i])),
                 uncond=(one(without(batch.cond), i), geometry, float(draw.w[i])),
                 student=student,
@@ -117,6 +118,13 @@ def test_edges_losses_and_solvers(kind: str, loss_type: Any, solver: Any, edge_p
 def test_toy_network(kind: str, zero_terminal_snr: bool, loss_type: Any, num_steps: int, scaling: float) -> None:
     config = LCMConfig(num_ddim_timesteps=num_steps, loss_type=loss_type, huber_c=0.01, timestep_scaling_factor=scaling)
     assert_toy_network_agrees(config, kind, zero_terminal_snr)
+
+
+@pytest.mark.parametrize("interval", [(0.3, 1.0), (0.0, 0.5), (0.3, 0.7), (0.05, 0.15)])
+@pytest.mark.parametrize("solver", ["ddim", "dpm2s"])
+def test_guidance_within_an_interval(interval: tuple[float, float], solver: Any) -> None:
+    config = LCMConfig(num_ddim_timesteps=10, w_min=2.0, w_max=6.0, solver=solver, guidance_interval=interval)
+    assert_toy_network_agrees(config, "epsilon")
 
 
 def assert_toy_network_agrees(config: LCMConfig, kind: str, zero_terminal_snr: bool = False) -> None:

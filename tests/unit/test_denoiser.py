@@ -96,6 +96,20 @@ def test_guided_is_the_papers_form_from_one_forward() -> None:
         torch.testing.assert_close(getattr(guided, name)[1], plain[1] + 8.5 * (cond[1] - plain[1]))
 
 
+@pytest.mark.parametrize("rows", [[], [1], [0, 1]])
+def test_samples_that_are_not_guided_cost_no_second_forward(rows: list[int]) -> None:
+    batch, family, module = toy_batch(2), ToyFamily(), ToyNetwork()
+    denoiser = make(module, None, family)
+    w, nothing = torch.tensor([2.0, 7.5]), uncond(batch.cond)
+    inside = torch.tensor([float(index in rows) for index in range(2)])
+    expected = denoiser.guided(batch.mean, T, batch.cond, nothing, batch.geometry, w * inside)
+    family.batch_sizes.clear()
+    guided = denoiser.guided(batch.mean, T, batch.cond, nothing, batch.geometry, w, torch.tensor(rows).long())
+    assert family.batch_sizes == [2 + len(rows)]
+    for name in ("raw", "x0", "noise"):
+        torch.testing.assert_close(getattr(guided, name), getattr(expected, name))
+
+
 class ReportingFamily:
     """Notes the dtypes and the autocast state that the network sees."""
 

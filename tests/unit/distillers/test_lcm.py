@@ -41,6 +41,7 @@ def test_defaults_are_the_published_adapters() -> None:
         "num_phases": 4,
         "eta": 0.3,
         "solver": "ddim",
+        "guidance_interval": (0.0, 1.0),
     }
 
 
@@ -207,6 +208,8 @@ def test_what_cannot_work_is_refused_in_one_line_each() -> None:
     assert "1001 is above the model's 1000 training timesteps" in line
     (line,) = refused(LCMConfig(num_ddim_timesteps=600))
     assert "600 steps of 1 timesteps end at 600 of 1000" in line
+    (line,) = refused(LCMConfig(guidance_interval=(0.05, 0.055)))
+    assert "none of the 50 steps from noise to picture starts between 0.05 and 0.055" in line
     (line,) = refused(LCMConfig(), schedule=FlowSchedule(), prediction_type="flow_prediction")
     assert "not built yet for flow models" in line
     assert len(refused(LCMConfig(), schedule=ZERO_SNR, validation_num_inference_steps=51)) == 2
@@ -222,6 +225,8 @@ def test_options_out_of_bounds_are_refused() -> None:
         LCM.configure({"w_min": 8, "w_max": 3}, ObjectiveSection())
     for key, value in (
         ("huber_c", 0),
+        ("guidance_interval", [0.8, 0.2]),
+        ("guidance_interval", [0.5, 1.5]),
         ("timestep_scaling_factor", -1),
         ("w_max", math.inf),
         ("num_ddim_timesteps", 2.5),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simpletuner import registry
-from simpletuner.families._base import ModelFamily, lora_modules, lora_num_parameters
+from simpletuner.families._base import LORA_PRESETS, ModelFamily, lora_modules, lora_num_parameters
 from simpletuner.families._source import ModelSource
 from simpletuner.training.adapters import adapter_state, attach_lora
 from tests.tiny import RECIPES
@@ -45,6 +45,17 @@ def test_planned_lora_is_what_peft_makes(family_and_source):
     assert {name.rpartition(".lora_")[0] for name in made} == planned.keys()
     assert sum(value.numel() for value in made.values()) == lora_num_parameters(planned, SETTINGS["r"])
     assert planned
+
+
+def test_all_linear_layers_are_those_of_the_preset(family_and_source):
+    family, source = family_and_source
+    modules = family.load(source).named_modules()
+    linear = {name for name, module in modules if isinstance(module, torch.nn.Linear)}
+    assert linear
+    # proj_in and proj_out of older networks are convolutions of 1 x 1 that do the same.
+    planned = lora_modules(family.facts(source).shapes or {}, LORA_PRESETS["all-linear"])
+    assert linear <= planned.keys()
+    assert {name.rpartition(".")[2] for name in planned.keys() - linear} <= {"proj_in", "proj_out"}
 
 
 def test_features_and_latents_have_the_planned_sizes(family_and_source):
