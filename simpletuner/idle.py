@@ -70,6 +70,11 @@ _RULES: tuple[_Rule, ...] = (
         "validation pictures are drawn without guidance",
     ),
     (
+        ("eval_steps_interval", "eval_timesteps", "num_eval_images", "eval_dataset_id"),
+        lambda config, _: not config.held_out,
+        "no dataset has dataset_type eval",
+    ),
+    (
         ("ema_decay",),
         lambda config, _: config.model.model_type == "lora" or config.distillation.distillation_method is None,
         "nothing is averaged in this run",

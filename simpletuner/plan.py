@@ -86,6 +86,8 @@ class Plan:
     lora: LoraPlan | None
     validation: ValidationPlan
     datasets: tuple[DatasetSummary, ...]
+    held_out: tuple[DatasetSummary, ...]
+    """What the loss is measured on, and that is never trained on."""
     world: int
     """Number of processes."""
     max_steps: int
@@ -107,6 +109,13 @@ class Plan:
         """Dataset id -> when it is shown."""
         accumulation = self.config.run.gradient_accumulation_steps
         return windows(self.config.datasets, self.batches_per_epoch, accumulation)
+
+    @property
+    def eval_step_interval(self) -> int:
+        """Steps between two measurements of the held-out loss; 0: only at both ends."""
+        section = self.config.validation
+        interval = section.eval_steps_interval
+        return section.validation_step_interval if interval is None else interval
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -135,13 +144,16 @@ class Plan:
         return self.max_steps * self.config.run.gradient_accumulation_steps / self.batches_per_epoch
 
 
-def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1) -> Plan:
+def make_plan(
+    config: Config, datasets: Sequence[DatasetSummary], world: int = 1, held_out: Sequence[DatasetSummary] = ()
+) -> Plan:
     """Returns the plan of a run.
 
     Args:
         config: As loaded.
         datasets: What the scan found of each dataset.
         world: Number of processes.
+        held_out: What the scan found of the held-out datasets.
 
     Raises:
         UserError: One line for each mistake that the config still has.
@@ -183,6 +195,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
         lora=lora,
         validation=validation,
         datasets=tuple(datasets),
+        held_out=tuple(held_out),
         world=world,
         max_steps=max_steps,
         batches_per_epoch=batches,
@@ -193,7 +206,7 @@ def make_plan(config: Config, datasets: Sequence[DatasetSummary], world: int = 1
         compute_dtype=compute_dtype,
         notices=tuple(dict.fromkeys(notices)),
     )
-    return replace(plan, caches=caches_of(plan, [summary.manifest for summary in plan.datasets]))
+    return replace(plan, caches=caches_of(plan, [summary.manifest for summary in (*plan.datasets, *plan.held_out)]))
 
 
 def _idle_optimizer_keys(config: Config, optimizer: OptimizerPlugin) -> list[str]:

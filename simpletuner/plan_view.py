@@ -32,6 +32,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:  # Any: JSON
         if lora is None
         else {**lora.settings, "num_modules": lora.num_modules, "num_parameters": lora.num_parameters},
         "datasets": [_dataset_json(summary, plan.world) for summary in plan.datasets],
+        "held_out": [_dataset_json(summary, plan.world) for summary in plan.held_out],
         "buckets": [
             {"dataset": summary.config.id, "target": bucket.name, "images": len(bucket)}
             for summary in plan.datasets
@@ -107,6 +108,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     for summary in plan.datasets:
         yield from _dataset_lines(summary, plan.world)
         yield from _window_lines(plan, summary)
+    yield from _held_out_lines(plan)
     yield from _cache_lines(plan)
     yield from _live_lines(plan)
     processes = _some(plan.world, "process", "processes")
@@ -169,6 +171,15 @@ def _window_lines(plan: Plan, summary: DatasetSummary) -> Iterator[str]:
     if window.start or window.end is not None:
         until = "" if window.end is None else f" until step {min(window.end // accumulation, plan.max_steps)}"
         yield f"            shown from step {window.start // accumulation} on{until}"
+
+
+def _held_out_lines(plan: Plan) -> Iterator[str]:
+    levels, interval = plan.config.validation.eval_timesteps, plan.eval_step_interval
+    every = f"before training, every {_some(interval, 'step')}" if interval else "before training"
+    for summary in plan.held_out:
+        images = _some(summary.num_images, "image")
+        yield f"held out    {summary.config.id}: {images}, their loss at {_some(levels, 'noise level')}"
+        yield f"            {every} and at the end"
 
 
 def cached_lines(caches: Iterable[Outstanding]) -> Iterator[str]:

@@ -25,14 +25,15 @@ def look_ahead(config: Config) -> Plan:
     problems = Problems()
     problems.attempt(partial(choose, config))
     end = time.monotonic() + SCAN_SECONDS
-    summaries: list[DatasetSummary] = []
-    for dataset in config.datasets:
+    found: dict[str, DatasetSummary] = {}
+    for dataset in (*config.datasets, *config.held_out):
         manifest = problems.attempt(partial(scan, dataset, max(0.1, end - time.monotonic()), write=False))
         if manifest is not None:
             named = problems.attempt(partial(read_captions, manifest, max(0.1, end - time.monotonic())))
-            summaries += [summarise(named)] if named is not None else []
+            found |= {dataset.id: summarise(named)} if named is not None else {}
     problems.raise_any()
-    return make_plan(config, summaries, num_processes())
+    datasets, held_out = ([found[dataset.id] for dataset in kind] for kind in (config.datasets, config.held_out))
+    return make_plan(config, datasets, num_processes(), held_out)
 
 
 def num_processes() -> int:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NOISE_LEVELS = frozenset({"timestep", "index"})
+"""The streams from which methods draw how noisy a sample is: a share of the way, or a step of a grid."""
+
 
 def generator(seed: int, stream: str, position: int) -> torch.Generator:
     """Returns the CPU generator of one sample's stream."""

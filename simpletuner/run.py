@@ -18,10 +18,12 @@ from simpletuner.data.dataset import CachedDataset
 from simpletuner.data.encode import give_back_memory
 from simpletuner.data.identity import Ranks
 from simpletuner.data.precompute import Cache, precompute, prepare
-from simpletuner.data.summary import summarise
+from simpletuner.data.summary import DatasetSummary, summarise
 from simpletuner.evaluation.evaluate import evaluate, require_scenes
 from simpletuner.exporting import export
 from simpletuner.hooks.caching import CachingProgress
+from simpletuner.hooks.eval_loss import SEED as EVAL_SEED
+from simpletuner.hooks.eval_loss import EvalLoss
 from simpletuner.hooks.profiling import ProfilingHook
 from simpletuner.hooks.progress import ProgressHook
 from simpletuner.hooks.report import ReportHook
@@ -102,6 +104,8 @@ class _Prepared:
     webhooks: Sequence[Webhook] = ()
     report: ReportHook | None = None
     """Of the main process."""
+    held_out: Sequence[CachedDataset] = ()
+    """What the loss is measured on."""
 
 
 def train_with_seeds(config: Config, seeds: Sequence[int]) -> list[Path]:
@@ -155,15 +159,20 @@ def _prepare(config: Config, accelerator: Accelerator, leaving: ExitStack) -> _P
             leaving.push(webhook.leave)
         trackers = start_trackers(config, loaded.step if loaded else 0)
         leaving.callback(trackers.finish)
-    cache = _cache(plan, accelerator)
+    cache, new_ones = _cache(plan, accelerator), _held_out_caches(plan, accelerator)
     # The files of a model from the hub are here by now, and only they say how the family treats empty prompts.
     plan = replace(plan, family=plan.family.for_model(plan.source))
     dataset = _dataset(plan, cache, accelerator)
-    del cache
-    plan = replace(plan, datasets=tuple(summary.without_rows() for summary in plan.datasets))
+    held_out = [CachedDataset(each, plan.family.uncond, EVAL_SEED) for each in new_ones]
+    del cache, new_ones
+    plan = replace(
+        plan,
+        datasets=tuple(summary.without_rows() for summary in plan.datasets),
+        held_out=tuple(summary.without_rows() for summary in plan.held_out),
+    )
     give_back_memory()
     report = ReportHook(plan, dataset) if accelerator.is_main_process else None
-    return _Prepared(plan, loaded, dataset, hub, trackers, webhooks, report)
+    return _Prepared(plan, loaded, dataset, hub, trackers, webhooks, report, held_out)
 
 
 def _webhooks(plan: Plan) -> list[Webhook]:
@@ -195,8 +204,10 @@ def fill_cache(config: Config) -> Cache:
     with closing(accelerator), Meeting(accelerator).leaving_together():
         plan = _plan(config, accelerator)
         cache = _cache(plan, accelerator)
+        held_out = _held_out_caches(plan, accelerator)
         if accelerator.is_main_process:
-            print("\n".join(cached_lines(caches_of(plan, cache.manifests))), flush=True)
+            manifests = [*cache.manifests, *(manifest for each in held_out for manifest in each.manifests)]
+            print("\n".join(cached_lines(caches_of(plan, manifests))), flush=True)
         return cache
 
 
@@ -204,20 +215,37 @@ def _plan(config: Config, accelerator: Accelerator) -> Plan:
     """Scans, plans, and says the plan."""
     problems = Problems()
     problems.attempt(partial(choose, config))
-    manifests = problems.attempt(partial(prepare, config.datasets, _ranks(accelerator), _caching_progress(accelerator)))
+    both = (*config.datasets, *config.held_out)
+    manifests = problems.attempt(partial(prepare, both, _ranks(accelerator), _caching_progress(accelerator)))
     problems.raise_any()
-    plan = make_plan(config, [summarise(manifest) for manifest in manifests or ()], accelerator.num_processes)
+    summaries, number = [summarise(manifest) for manifest in manifests or ()], len(config.datasets)
+    plan = make_plan(config, summaries[:number], accelerator.num_processes, summaries[number:])
     if accelerator.is_main_process:
         print(plan_text(plan), flush=True)
     return plan
 
 
 def _cache(plan: Plan, accelerator: Accelerator) -> Cache:
+    return _filled(plan, accelerator, plan.datasets, plan.prompts)
+
+
+def _held_out_caches(plan: Plan, accelerator: Accelerator) -> list[Cache]:
+    """Returns the caches of the held-out datasets, one by one.
+
+    They are filled apart: captions are encoded several at once, and those to train on must not meet others there, or
+    their last bits, and with them the run, would depend on what is held out.
+    """
+    return [_filled(plan, accelerator, [summary]) for summary in plan.held_out]
+
+
+def _filled(
+    plan: Plan, accelerator: Accelerator, datasets: Sequence[DatasetSummary], prompts: Sequence[str] = ()
+) -> Cache:
     return precompute(
-        [summary.manifest for summary in plan.datasets],
+        [summary.manifest for summary in datasets],
         plan.config.text_cache,
         plan.encoding(accelerator.device),
-        plan.prompts,
+        prompts,
         _ranks(accelerator),
         _caching_progress(accelerator),
     )
@@ -251,8 +279,18 @@ def _trainer(prepared: _Prepared, run: Run, state: TrainState) -> Trainer:
     rows_path = output_dir / metrics.FILE_NAME
     if main:
         metrics.truncate(rows_path, state.step)
+
+    def write_rows(rows: Sequence[metrics.Row]) -> None:
+        if main:
+            metrics.append(rows_path, rows)
+            trackers.rows(rows)
+
+    rows = metrics.RowsInOrder(write_rows, state.step)
     settings = plan.config.run
     hooks: list[Hook] = [ProgressHook(plan.max_steps, plan.effective_batch), ThroughputHook()] if main else []
+    if prepared.held_out:
+        levels, interval = plan.config.validation.eval_timesteps, plan.eval_step_interval
+        hooks.append(EvalLoss(run, prepared.held_out, levels, interval, settings.train_batch_size, rows.add_early))
     if plan.validation.prompts:
         hooks.append(make_validation(plan, run, trackers.pictures))
     if main and settings.profile_steps:
@@ -262,11 +300,6 @@ def _trainer(prepared: _Prepared, run: Run, state: TrainState) -> Trainer:
     hooks += prepared.webhooks
     if prepared.hub is not None and plan.config.publish.push_checkpoints_to_hub:
         hooks.append(CheckpointUpload(plan, run, prepared.hub))
-
-    def write_rows(rows: Sequence[metrics.Row]) -> None:
-        if main:
-            metrics.append(rows_path, rows)
-            trackers.rows(rows)
 
     return Trainer(
         run,
@@ -282,7 +315,7 @@ def _trainer(prepared: _Prepared, run: Run, state: TrainState) -> Trainer:
         state,
         hooks,
         save_checkpoint=partial(resume.save, plan, run),
-        write_rows=write_rows,
+        write_rows=rows.add,
         meter=StepMeter(
             run.accelerator.device,
             peak_tflops(run.accelerator.device, plan.compute_dtype),

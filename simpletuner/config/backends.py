@@ -48,7 +48,9 @@ class DatasetConfig(_WithOptions):
 
     id: str = setting(..., "must_match", "Name of the dataset, unique in the file.")
     type: str = setting("local", "may_change", "Backend that reads the files.")
-    dataset_type: Literal["image"] = setting("image", "must_match", "What the dataset holds.")
+    dataset_type: Literal["image", "eval"] = setting(
+        "image", "must_match", "What the dataset is for: image, to train on; eval, held out, to measure the loss on."
+    )
     instance_data_dir: Path = setting(Path(), "may_change", "Folder with the images; it is only ever read.")
     cache_dir_vae: Path = setting(..., "free", "Folder for the manifest and the cached latents.")
     files_dir: Path | None = setting(None, "free", "Folder for what is downloaded. Default: cache_dir_vae.")

@@ -53,8 +53,8 @@ def sized(value: float, resolution_type: str) -> float:
 
 def read_datasets(
     entries: Json, context: Context, findings: Findings
-) -> tuple[tuple[DatasetConfig, ...], TextCacheConfig]:
-    """Returns the enabled image datasets and the text cache; every mistake becomes a problem."""
+) -> tuple[tuple[DatasetConfig, ...], tuple[DatasetConfig, ...], TextCacheConfig]:
+    """Returns the enabled datasets to train on, the held-out ones, and the text cache; every mistake is a problem."""
     by_type: dict[str, list[dict[str, Json]]] = {kind: [] for kind in DATASET_TYPES}
     ids: set[str] = set()
     if not isinstance(entries, list):
@@ -73,9 +73,12 @@ def read_datasets(
             ids.add(str(own["id"]))
             by_type[str(own.get("dataset_type", "image"))].append(own)
     text_cache_config, shared = text_cache(by_type["text_embeds"], context, findings)
-    datasets = tuple(_dataset(shared | entry, by_type, context, findings) for entry in by_type["image"])
-    _check_together(datasets, by_type, context, findings)
-    return datasets, text_cache_config
+    datasets, held_out = (
+        tuple(_dataset(shared | entry, by_type, context, findings) for entry in by_type[kind])
+        for kind in ("image", "eval")
+    )
+    _check_together(datasets, held_out, by_type, context, findings)
+    return datasets, held_out, text_cache_config
 
 
 def _in_each_resolution(entry: dict[str, Json], context: Context, findings: Findings) -> list[dict[str, Json]]:
@@ -278,6 +281,7 @@ def _check_bounds(dataset: DatasetConfig, where: str, findings: Findings) -> Non
 
 def _check_together(
     datasets: tuple[DatasetConfig, ...],
+    held_out: tuple[DatasetConfig, ...],
     by_type: dict[str, list[dict[str, Json]]],
     context: Context,
     findings: Findings,
@@ -288,7 +292,7 @@ def _check_together(
     elif all(dataset.probability == 0 for dataset in datasets):
         findings.problems.append(f"{context.label}: probability: it is 0 for every dataset, so none would be seen")
     owners: dict[Path, str] = {}
-    for dataset in datasets:
+    for dataset in (*datasets, *held_out):
         other = owners.setdefault(dataset.cache_dir_vae, dataset.id)
         if other != dataset.id:
             findings.problems.append(

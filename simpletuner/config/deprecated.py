@@ -111,10 +111,10 @@ _TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
         "validation_lycoris_strength validation_adapter_path validation_adapter_strength validation_adapter_name "
         "validation_adapter_mode validation_adapter_config validation_randomize validation_timesteps"
     ),
-    ("notice", "there is no evaluation during training yet"): (
-        "evaluation_type eval_dataset_id eval_dataset_pooling eval_steps_interval eval_epoch_interval eval_timesteps "
-        "num_eval_images pretrained_evaluation_model_name_or_path"
-    ),
+    (
+        "notice",
+        "datasets of dataset_type eval are measured together, every eval_steps_interval steps",
+    ): ("evaluation_type eval_dataset_pooling eval_epoch_interval pretrained_evaluation_model_name_or_path"),
     ("notice", "uploads take the login of `hf auth login` or HF_TOKEN, and need nothing else (see PUBLISHING.md)"): (
         "push_to_hub_background hub_token model_card_safe_for_work modelspec_comment publishing_config"
     ),
@@ -237,7 +237,7 @@ def is_inert(key: str) -> bool:
 
 DATASET_TYPES = {
     kind: f"'{kind}' is not built yet; use image or text_embeds, or set `disabled: true`"
-    for kind in ("conditioning", "conditioning_image_embeds", "eval", "video", "audio", "caption", "distillation_cache")
+    for kind in ("conditioning", "conditioning_image_embeds", "video", "audio", "caption", "distillation_cache")
 }
 """Known dataset_type that is not built -> what to do."""
 

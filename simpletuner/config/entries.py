@@ -24,7 +24,7 @@ _TEXT_VALUES = (
     "image_embeds",
     "resolution_type",
 )
-DATASET_TYPES = ("image", "text_embeds", "image_embeds")
+DATASET_TYPES = ("image", "eval", "text_embeds", "image_embeds")
 
 
 @dataclass(frozen=True)

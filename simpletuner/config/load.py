@@ -18,6 +18,7 @@ from simpletuner.config.errors import UserError, printable, suggestion
 from simpletuner.config.fields import Json, Section, as_json
 from simpletuner.config.files import BACKEND_NAMES, Places, config_file, default_config_path, parse
 from simpletuner.config.findings import Findings
+from simpletuner.config.held_out import as_measured
 from simpletuner.config.schema import SECTIONS, Config, section_of
 from simpletuner.config.sections import (
     DataSection,
@@ -75,12 +76,13 @@ def load(
     _resolve_paths(sections, explicit, places, findings)
     if not {key for key in ("max_train_steps", "num_train_epochs") if flat.get(key) is not None}:
         findings.problems.append("max_train_steps: required, or num_train_epochs: how long the run is")
-    backend_file, datasets, text_cache = _read_backend(sections, explicit, places, environ, findings)
+    backend_file, datasets, held_out, text_cache = _read_backend(sections, explicit, places, environ, findings)
     findings.raise_problems()
     return Config.model_validate(
         {
             **sections,
             "datasets": datasets,
+            "held_out": held_out,
             "text_cache": text_cache,
             "explicit": explicit,
             "notices": tuple(dict.fromkeys(map(printable, findings.notices))),
@@ -238,25 +240,26 @@ def _read_backend(
     places: Places,
     environ: Mapping[str, str],
     findings: Findings,
-) -> tuple[Path | None, tuple[DatasetConfig, ...], TextCacheConfig | None]:
-    """Returns the data backend file, its image datasets and the text cache."""
-    model, run, data = sections["model"], sections["run"], sections["data"]
+) -> tuple[Path | None, tuple[DatasetConfig, ...], tuple[DatasetConfig, ...], TextCacheConfig | None]:
+    """Returns the data backend file, its datasets to train on, its held-out ones, and the text cache."""
+    model, run, data, validation = (sections[name] for name in ("model", "run", "data", "validation"))
     assert isinstance(model, ModelSection)
     assert isinstance(run, RunSection)
     assert isinstance(data, DataSection)
+    assert isinstance(validation, ValidationSection)
     file = _backend_file(data.data_backend_config, run.output_dir, places, findings)
     if file is None:
-        return None, (), None
+        return None, (), (), None
     try:
         entries = parse(file)
     except UserError as error:
         findings.problems.extend(error.lines)
-        return file, (), None
+        return file, (), (), None
     if isinstance(entries, dict) and set(entries) == {"datasets"}:  # TOML has no list at the top
         entries = entries["datasets"]
     context = Context(data, run, model.model_family, places, environ, explicit, file.name)
-    datasets, text_cache = read_datasets(entries, context, findings)
-    return file, datasets, text_cache
+    datasets, new_ones, text_cache = read_datasets(entries, context, findings)
+    return file, datasets, as_measured(new_ones, datasets, validation, findings), text_cache
 
 
 def _backend_file(written: Path | None, output_dir: Path, places: Places, findings: Findings) -> Path | None:

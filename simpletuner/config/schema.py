@@ -64,6 +64,8 @@ class Config(Section):
     publish: PublishSection = PublishSection()
     distillation: DistillationSection = DistillationSection()
     datasets: tuple[DatasetConfig, ...] = ()
+    held_out: tuple[DatasetConfig, ...] = ()
+    """Never trained on: the loss is measured on them."""
     text_cache: TextCacheConfig
     explicit: frozenset[str] = frozenset()
     """Flat keys that the user gave, in the file, on the command line or in the environment."""

@@ -170,8 +170,8 @@ class LoraSection(Section):
     peft_lora_target_modules: tuple[str, ...] | None = setting(
         None,
         "must_match",
-        "Names of the layers to adapt: a list, or a preset: attention, attention-ff, lcm (those of the published "
-        "LCM-LoRAs). Default: what the family and the method advise.",
+        "Names of the layers to adapt: a list, or a preset: attention, attention-ff, all-linear, lcm (those of the "
+        "published LCM-LoRAs). Default: what the family and the method advise.",
     )
     lora_format: Literal["diffusers", "kohya", "comfyui"] = setting(
         "diffusers",
@@ -301,6 +301,16 @@ class ValidationSection(Section):
     )
     validation_on_startup: bool = setting(False, "free", "Validate before the first step too.")
     validation_disable: bool = setting(False, "free", "Sample nothing.")
+    eval_steps_interval: int | None = setting(
+        None,
+        "free",
+        "Steps between two measurements of the loss on datasets of dataset_type eval; 0: only at both ends. "
+        "Default: validation_step_interval.",
+        ge=0,
+    )
+    eval_timesteps: int = setting(4, "free", "Noise levels at which each held-out image is measured.", ge=1, le=100)
+    num_eval_images: int = setting(32, "free", "Images of each held-out dataset that are measured.", ge=1)
+    eval_dataset_id: str | None = setting(None, "free", "Measure this held-out dataset alone.")
     evaluation_prompts: int = setting(
         0,
         "free",

@@ -114,6 +114,6 @@ class ReportHook:
 
 def _latest(rows: list[metrics.Row]) -> list[tuple[str, str]]:
     """Returns the last loss and rate of a run."""
-    names = {"loss": "Loss", "samples_per_second": "Samples a second"}
-    last = rows[-1] if rows else {}
+    names = {"loss": "Loss", "eval_loss": "Held-out loss", "samples_per_second": "Samples a second"}
+    last = {key: value for row in rows for key, value in row.items()}
     return [(heading, f"{last[name]:.4g}") for name, heading in names.items() if name in last]

@@ -31,6 +31,7 @@ _THUMBNAIL_PX = 96
 _NOTHING = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="  # transparent
 _CURVES = {
     "loss": "loss",
+    "eval_loss": "held-out loss",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "samples_per_second": "samples a second",
@@ -123,8 +124,13 @@ def write_report(folder: Path, report: Report) -> Path:
 
 def curves_of(rows: Sequence[Row]) -> tuple[list[float], list[Curve]]:
     """Returns the steps and the curves of a run's metrics, thinned out where there are very many."""
+    by_step: dict[float, Row] = {}
+    for row in rows:
+        by_step[row["step"]] = by_step.get(row["step"], {}) | row
+    rows = sorted(by_step.values(), key=lambda row: row["step"])
     stride = max(1, math.ceil(len(rows) / _MOST_POINTS))
-    rows = [*rows[::stride], *(rows[-1:] if (len(rows) - 1) % stride else ())]
+    last = len(rows) - 1
+    rows = [row for number, row in enumerate(rows) if number % stride == 0 or number == last or "eval_loss" in row]
     found: list[Curve] = []
     for key in dict.fromkeys(key for row in rows for key in row):
         role, _, name = key.rpartition("/")

@@ -54,6 +54,31 @@ def _to_host(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor] | None) -
     return cast("list[float]", (stacked if reduce is None else reduce(stacked)).tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
+class RowsInOrder:
+    """Hands rows on in the order of their steps, though some are there before those of earlier steps."""
+
+    def __init__(self, write: Callable[[Sequence[Row]], None], step: int) -> None:
+        """Keeps who writes, and the step up to which all is written."""
+        self._write, self._step = write, step
+        self._early: list[Row] = []
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Hands on rows that follow on those before, and the early ones of their steps behind each."""
+        if not rows:
+            return
+        self._step = int(rows[-1]["step"])
+        ready = [row for row in self._early if row["step"] <= self._step]
+        self._early = [row for row in self._early if row["step"] > self._step]
+        self._write(sorted([*rows, *ready], key=lambda row: row["step"]))
+
+    def add_early(self, row: Row) -> None:
+        """Hands on a row as soon as all rows up to its step are."""
+        if row["step"] <= self._step:
+            self._write([row])
+        else:
+            self._early.append(row)
+
+
 def append(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Adds rows to the file, a JSON object a line (NaN and infinity as null: JSON has none), and flushes it."""
     lines = [json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) for row in rows]
