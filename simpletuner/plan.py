@@ -159,7 +159,6 @@ def make_plan(
         UserError: One line for each mistake that the config still has.
     """
     chosen = choose(config)
-    family, distiller = chosen.family, chosen.distiller
     problems = Problems()
     notices = [*config.notices, *chosen.facts.notices]
     weight_dtype, compute_dtype = _dtypes(config, chosen.optimizer, notices, problems)
@@ -167,28 +166,26 @@ def make_plan(
     problems.lines.extend(_misfits(chosen, config.model.model_type))
     method_config = problems.attempt(lambda: _method_config(config, chosen, notices))
     problems.raise_any()
-    defaults = distiller.defaults(method_config, config.model.model_type)
-    validation = problems.attempt(lambda: _validation(config, defaults, family))
-    for facts in _run_facts(config, chosen, validation):
-        notices.extend(problems.attempt(partial(distiller.check, method_config, facts)) or [])
-    problems.lines[:] = dict.fromkeys(problems.lines)  # what is wrong with each number of steps alike
+    defaults = chosen.distiller.defaults(method_config, config.model.model_type)
+    validation = problems.attempt(lambda: _validation(config, defaults, chosen.family))
+    _check_method(config, chosen, method_config, validation, notices, problems)
     batches = sum(summary.batches_per_epoch(world) for summary in datasets)
-    counted = batches > 0 or all(summary.complete for summary in datasets)
-    max_steps = problems.attempt(lambda: count_steps(config, batches if counted else None, notices))
+    unknown = batches == 0 and not all(summary.complete for summary in datasets)
+    max_steps = problems.attempt(lambda: count_steps(config, None if unknown else batches, notices))
     problems.raise_any()
     assert validation is not None
     assert max_steps is not None
-    notices.extend(idle_settings(config, validation.guidance_scale > 1))
-    notices.extend(_idle_optimizer_keys(config, chosen.optimizer))
+    guided = validation.guidance_scale > 1
+    notices += [*idle_settings(config, guided), *_idle_optimizer_keys(config, chosen.optimizer)]
     lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
     notices.extend(warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
     plan = Plan(
         config=config,
-        family=family,
+        family=chosen.family,
         source=chosen.source,
         facts=chosen.facts,
         method=chosen.method,
-        distiller=distiller,
+        distiller=chosen.distiller,
         method_config=method_config,
         optimizer=chosen.optimizer,
         optimizer_section=_scaled(config, world, notices),
@@ -207,6 +204,20 @@ def make_plan(
         notices=tuple(dict.fromkeys(notices)),
     )
     return replace(plan, caches=caches_of(plan, [summary.manifest for summary in (*plan.datasets, *plan.held_out)]))
+
+
+def _check_method(
+    config: Config,
+    chosen: Chosen,
+    method_config: Any,  # Any: of the method's own Config
+    validation: ValidationPlan | None,
+    notices: list[str],
+    problems: Problems,
+) -> None:
+    """Asks the method about the run, for each number of steps in which pictures are drawn."""
+    for facts in _run_facts(config, chosen, validation):
+        notices.extend(problems.attempt(partial(chosen.distiller.check, method_config, facts)) or [])
+    problems.lines[:] = dict.fromkeys(problems.lines)  # what is wrong with each number of steps alike
 
 
 def _idle_optimizer_keys(config: Config, optimizer: OptimizerPlugin) -> list[str]:

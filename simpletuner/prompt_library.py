@@ -9,7 +9,7 @@ from pathlib import Path
 from simpletuner.config.errors import UserError, suggestion
 from simpletuner.config.fields import Json
 from simpletuner.config.files import read_json
-from simpletuner.config.sections import ValidationSection, parse_resolutions
+from simpletuner.config.validation import ValidationSection, parse_resolutions
 
 _KEYS = ("prompt", "negative_prompt", "guidance", "seed", "resolution")
 

@@ -8,7 +8,7 @@ import torch
 
 from simpletuner.atomic import files_into
 from simpletuner.config.errors import UserError
-from simpletuner.config.sections import parse_resolutions
+from simpletuner.config.validation import parse_resolutions
 from simpletuner.distillers._base import own_scheduler
 from simpletuner.evaluation.pipelines import result_base, result_document, result_pipeline, result_sampling
 from simpletuner.hooks.contact_sheet import write_contact_sheet

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from simpletuner.config.backends import DatasetConfig
 from simpletuner.config.findings import Findings
-from simpletuner.config.sections import ValidationSection
+from simpletuner.config.validation import ValidationSection
 
 
 def as_measured(

@@ -26,8 +26,8 @@ from simpletuner.config.sections import (
     ModelSection,
     PublishSection,
     RunSection,
-    ValidationSection,
 )
+from simpletuner.config.validation import ValidationSection
 from simpletuner.config.values import bare_key, build, fill, number, switch_off, tidy
 
 __all__ = ["default_config_path", "load"]

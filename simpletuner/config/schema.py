@@ -22,8 +22,8 @@ from simpletuner.config.sections import (
     OptimizerSection,
     PublishSection,
     RunSection,
-    ValidationSection,
 )
+from simpletuner.config.validation import ValidationSection
 
 __all__ = [
     "SECTIONS",

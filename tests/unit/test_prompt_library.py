@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from simpletuner.config.errors import UserError
-from simpletuner.config.sections import ValidationSection
+from simpletuner.config.validation import ValidationSection
 from simpletuner.prompt_library import Wish, read_library, wishes
 
 
