@@ -25,7 +25,6 @@ _ConfigPath = Annotated[
     Path | None,
     typer.Option("--config", help="A config.json (or .toml), or the folder that holds it. Default: $ENV, or config/."),
 ]
-_NUM_SEEDS = 3
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -87,7 +86,7 @@ def dataset(
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="The output_dir of a finished run.")],
+    run: Annotated[str, typer.Argument(help="The output_dir of a finished run, or the hub id of its result.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
     num_images: Annotated[int, typer.Option("--num-images", min=1, help="Pictures of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first; the next ones count on.")] = 42,
@@ -95,6 +94,11 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the run's.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Default: the run's.")] = None,
     negative: Annotated[str | None, typer.Option(help="Negative prompt; needs a guidance above 1.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Begin from this picture in place of noise.")] = None,
+    strength: Annotated[float, typer.Option(min=0, max=1, help="Of --image: 1 leaves nothing of it.")] = 0.6,
+    controlnet: Annotated[str | None, typer.Option(help="Folder or hub id of a ControlNet of the base.")] = None,
+    control_image: Annotated[Path | None, typer.Option("--control-image", help="What the ControlNet holds to.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, if not where the run had it.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the pictures. Default: samples in the run.")] = None,
 ) -> None:
     """Draw pictures with the result of a run, by the sampler that it was trained for."""
@@ -103,14 +107,16 @@ def sample(
     from simpletuner.sample import sample as draw
 
     quieten_libraries()
-    wishes = Wishes(prompt, range(seed, seed + num_images), size, steps, guidance, negative)
-    for line in draw(run, wishes, output or run / "samples"):
+    seeds, control = range(seed, seed + num_images), (controlnet, control_image)
+    wishes = Wishes(prompt, seeds, size, steps, guidance, negative, image, strength, *control)
+    folder = Path(run) / "samples" if Path(run).is_dir() else Path("samples")
+    for line in draw(run, wishes, output or folder, base):
         print(line, flush=True)
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The output_dir of a finished run.")],
+    run: Annotated[str, typer.Argument(help="The output_dir of a finished run, or the hub id of its result.")],
     to: Annotated[Literal["kohya", "pipeline", "checkpoint"], typer.Option("--to", help="What to write.")],
     output: Annotated[Path, typer.Option(help="The file (kohya, checkpoint) or the folder (pipeline) to write.")],
     dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Default: the run's.")] = None,
@@ -161,22 +167,36 @@ def doctor() -> None:
 def evaluate(
     context: typer.Context,
     config: _ConfigPath = None,
-    full: Annotated[bool, typer.Option("--full", help="Train with three seeds, and judge 512 prompts.")] = False,
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts to judge without --full.")] = 128,
+    full: Annotated[bool, typer.Option("--full", help="Of scenes: three seeds, 512 prompts.")] = False,
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts to judge, at most.")] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    run: Annotated[str | None, typer.Option(help="In place of a config: a run's output_dir or hub id.")] = None,
+    prompts_from: Annotated[
+        Path | None,
+        typer.Option("--prompts-from", help="JSON library, text file, or folder of captions. Default: the run's own."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Pictures of each prompt.")] = 2,
+    steps: Annotated[str | None, typer.Option(help="Of the student, such as 1,2,4. Default: 1,2,4,8.")] = None,
+    teacher_steps: Annotated[int | None, typer.Option("--teacher-steps", min=1, help="Default: the usual.")] = None,
+    size: Annotated[str | None, typer.Option(help="Width x height. Default: the run's.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP model that judges too.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, if not where the run had it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write into. Default: evaluation in the run.")] = None,
 ) -> None:
-    """Judge what a run has written beside the model that it started from, in 1, 2, 4 and 8 steps."""
-    from simpletuner.evaluation.evaluate import FULL, evaluate
-    from simpletuner.hooks.caching import CachingProgress
-    from simpletuner.planning import look_ahead
+    """Judge what a run has written beside the model that it started from, in 1, 2, 4 and 8 steps.
+
+    Runs of the quickstart's scenes are judged by what is in their pictures; all others, and every --run, by how near
+    their pictures come to those that the base model draws from the same noise in many steps.
+    """
+    from simpletuner.evaluation.asking import Wanted, judge_config, judge_run
     from simpletuner.quiet import quieten_libraries
-    from simpletuner.run import train_with_seeds
 
     quieten_libraries()
-    read = _read(context, config)
-    first = read.run.seed
-    results = train_with_seeds(read, range(first, first + _NUM_SEEDS)) if full else [read.run.output_dir]
-    report = evaluate(look_ahead(read), results, FULL if full else prompts, CachingProgress())
+    wanted = Wanted(prompts, prompts_from, seeds, steps, teacher_steps, size, clip, base, output)
+    if run is not None and (config is not None or full or context.args):
+        extra = [*(["--config"] if config else []), *(["--full"] if full else []), *context.args[:1]]
+        raise UserError(f"--run: it stands alone; {extra[0]} goes with a config")
+    report = judge_config(_read(context, config), full, wanted) if run is None else judge_run(run, wanted)
     print(json.dumps(report.json(), indent=1) if as_json else report.text())
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +14,8 @@ from torch import Tensor
 from simpletuner.atomic import files_into
 from simpletuner.config.errors import UserError
 from simpletuner.distillers._base import own_scheduler
-from simpletuner.evaluation.pipelines import result_base, result_document, result_pipeline, result_sampling
-from simpletuner.families._base import ModelFamily
+from simpletuner.evaluation.finished import FinishedRun, finished_run
 from simpletuner.families._lora_file import LORA_FILE
-from simpletuner.families._source import ModelSource
 from simpletuner.publishing.layouts import (
     CHECKPOINT_PREFIX,
     Blocks,
@@ -34,29 +31,11 @@ _LORA_METADATA = "lora_adapter_metadata"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class _Result:
-    """A finished run, as its folder tells it."""
-
-    folder: Path
-    document: dict[str, Any]  # Any: JSON
-    family: ModelFamily
-    source: ModelSource
-
-    @property
-    def family_name(self) -> str:
-        return self.document["config"]["model"]["model_family"]
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.document["loading"]["network"] is None
-
-
-def export(run: Path, to: Format, output: Path, dtype: str | None = None, force: bool = False) -> Iterator[str]:
+def export(run: str | Path, to: Format, output: Path, dtype: str | None = None, force: bool = False) -> Iterator[str]:
     """Writes the result of a run in another format; yields a line for a person on each thing that was written.
 
     Args:
-        run: The output_dir of a finished run.
+        run: The output_dir of a finished run, or the hub id that its result was uploaded to.
         to: kohya: an adapter's file for ComfyUI and others; pipeline: a folder for ``from_pretrained``, the adapter in
             its weights; checkpoint: one file with the names of the original release.
         output: The file or the folder.
@@ -68,11 +47,9 @@ def export(run: Path, to: Format, output: Path, dtype: str | None = None, force:
     """
     if output.exists() and not force:
         raise UserError(f"--output: '{output}' is there already; --force overwrites it")
-    document = result_document(run)
-    family, source, own_dtype = result_base(document)
-    result = _Result(run, document, family.for_model(source), source)
-    number = own_dtype if dtype is None else _DTYPES[dtype]
-    ways: dict[Format, Callable[[_Result, Path, torch.dtype], Iterator[str]]] = {
+    result = finished_run(run)
+    number = result.dtype if dtype is None else _DTYPES[dtype]
+    ways: dict[Format, Callable[[FinishedRun, Path, torch.dtype], Iterator[str]]] = {
         "kohya": _kohya,
         "pipeline": _pipeline,
         "checkpoint": _checkpoint,
@@ -85,7 +62,7 @@ def export(run: Path, to: Format, output: Path, dtype: str | None = None, force:
         raise UserError(f"--to {to}: '{output}' cannot be written, or the run's files not read: {error}") from error
 
 
-def _kohya(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[str]:
+def _kohya(result: FinishedRun, output: Path, dtype: torch.dtype) -> Iterator[str]:
     """Writes an adapter with kohya's names."""
     if not result.is_adapter:
         raise UserError("--to kohya: this run trained a whole model, not an adapter; use checkpoint or pipeline")
@@ -107,7 +84,7 @@ def _kohya(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[str]:
     yield _write_file(output, renamed, metadata)
 
 
-def _original_names(result: _Result, state: Mapping[str, Tensor]) -> dict[str, str]:
+def _original_names(result: FinishedRun, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns module -> its name in the original release, of the modules that an adapter is on."""
     shapes = result.family.facts(result.source).shapes  # of a single file they are not known by diffusers' names
     blocks = Blocks.of(shapes or result.family.load(result.source, torch.bfloat16).state_dict())
@@ -115,7 +92,7 @@ def _original_names(result: _Result, state: Mapping[str, Tensor]) -> dict[str, s
     return {module: original_module(module, blocks) for module in modules}
 
 
-def _pipeline(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[str]:
+def _pipeline(result: FinishedRun, output: Path, dtype: torch.dtype) -> Iterator[str]:
     """Writes a whole pipeline, with the adapter in the weights of its network."""
     pipeline = _fused(result, dtype)
     with files_into(output.parent) as made:
@@ -125,7 +102,7 @@ def _pipeline(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[str
     yield f"pipeline in {str(dtype).removeprefix('torch.')}: {output}"
 
 
-def _checkpoint(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[str]:
+def _checkpoint(result: FinishedRun, output: Path, dtype: torch.dtype) -> Iterator[str]:
     """Writes the network as a file with the names of the original release; with the rest of the model if it came so."""
     unet = _fused(result, dtype).unet
     state = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
@@ -141,20 +118,19 @@ def _checkpoint(result: _Result, output: Path, dtype: torch.dtype) -> Iterator[s
         yield "it holds the UNet alone (in ComfyUI: Load Diffusion Model): the base is no file to take the rest of"
 
 
-def _fused(result: _Result, dtype: torch.dtype) -> Any:  # Any: a diffusers pipeline
+def _fused(result: FinishedRun, dtype: torch.dtype) -> Any:  # Any: a diffusers pipeline
     """Returns the pipeline of a run with its own scheduler, the adapter added to the weights in float32."""
-    pipeline = result_pipeline(result.family, result.source, torch.float32, result.folder)
+    pipeline = result.pipeline(torch.float32)
     if result.is_adapter:
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-    pipeline.register_modules(scheduler=own_scheduler(result_sampling(result.folder)[0]))
+    pipeline.register_modules(scheduler=own_scheduler(result.scheduler_config))
     return pipeline.to(dtype)
 
 
-def _metadata(result: _Result, kind: str) -> dict[str, str]:
+def _metadata(result: FinishedRun, kind: str) -> dict[str, str]:
     """Returns what a file says of itself, after https://github.com/Stability-AI/ModelSpec."""
-    scheduler, sampling = result_sampling(result.folder)
-    method = result.document["config"]["distillation"]["distillation_method"] or "sft"
+    scheduler, sampling = result.scheduler_config, result.sampling
     base = result.source.path.rstrip("/").rpartition("/")[2]
     architecture = "stable-diffusion-xl-v1-base" if result.family_name == "sdxl" else "stable-diffusion-v1"
     name = scheduler.get("_class_name", "")
@@ -164,11 +140,11 @@ def _metadata(result: _Result, kind: str) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/{kind}" if kind else architecture,
         "modelspec.implementation": "diffusers",
-        "modelspec.title": f"{base}, {method}, step {result.document['step']}",
+        "modelspec.title": f"{base}, {result.method}, step {result.document['step']}",
         "modelspec.prediction_type": "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
         "modelspec.usage_hint": f"{name}, {how}",
         "simpletuner.base_model": base,
-        "simpletuner.method": method,
+        "simpletuner.method": result.method,
         "simpletuner.sampling": json.dumps({"scheduler": name, **sampling}),
     }
 

@@ -31,12 +31,34 @@ def wishes(section: ValidationSection) -> list[Wish]:
     if section.user_prompt_library is not None:
         found += read_library(section.user_prompt_library)
     if section.validation_prompt_library:
-        built_in = json.loads((files("simpletuner") / "prompts.json").read_text(encoding="utf8"))
-        found += [Wish(prompt) for prompt in built_in.values()]
+        found += [Wish(prompt) for prompt in built_in_prompts()]
     first: dict[str, Wish] = {}
     for wish in found:
         first.setdefault(wish.prompt, wish)
     return list(first.values())
+
+
+def built_in_prompts() -> list[str]:
+    """Returns the prompts that come with the package."""
+    return list(json.loads((files("simpletuner") / "prompts.json").read_text(encoding="utf8")).values())
+
+
+def prompts_from(path: Path) -> list[str]:
+    """Returns the prompts of a JSON library, of a text file with one a line, or of a folder's caption files.
+
+    Raises:
+        UserError: There is none, or the file cannot be read.
+    """
+    if path.suffix == ".json":
+        return [wish.prompt for wish in read_library(path)]
+    try:
+        texts = [file.read_text(encoding="utf8") for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts-from: '{path}' cannot be read: {error}") from error
+    found = list(dict.fromkeys(line.strip() for text in texts for line in text.splitlines() if line.strip()))
+    if not found:
+        raise UserError(f"--prompts-from: there is no prompt in '{path}': a .json library, lines of text, or captions")
+    return found
 
 
 def read_library(path: Path) -> list[Wish]:

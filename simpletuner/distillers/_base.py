@@ -49,6 +49,8 @@ class Defaults:
     lora_rank: int | None = None
     validation_num_inference_steps: int | None = None
     validation_guidance: float | None = None
+    teacher_guidance: float | None = None
+    """The ``guidance_scale`` at which the base model, in many steps, draws what the student learns to draw in few."""
 
 
 @dataclass(frozen=True)

@@ -134,12 +134,13 @@ class LCM(Distiller):
         Guidance is off for an adapter. A full student is told w, which pipelines take from guidance_scale - 1: the
         middle of the range that it was trained with.
         """
-        guidance = (config.w_min + config.w_max) / 2 + 1 if model_type == "full" else 0.0
+        teacher_guidance = (config.w_min + config.w_max) / 2 + 1
         return Defaults(
             LORA_PRESETS["lcm"],
             lora_rank=64,
             validation_num_inference_steps=config.edges.num_inference_steps,
-            validation_guidance=guidance,
+            validation_guidance=teacher_guidance if model_type == "full" else 0.0,
+            teacher_guidance=teacher_guidance,
         )
 
     @classmethod

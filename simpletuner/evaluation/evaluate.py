@@ -17,7 +17,8 @@ from PIL.Image import Image
 from simpletuner.atomic import files_into
 from simpletuner.config.errors import UserError
 from simpletuner.evaluation.drawing import Progress, Sampler, draw_scenes
-from simpletuner.evaluation.pipelines import base_pipeline, identity, result_pipeline, result_sampling
+from simpletuner.evaluation.finished import finished_run
+from simpletuner.evaluation.pipelines import base_pipeline, identity
 from simpletuner.evaluation.report import Report
 from simpletuner.evaluation.samplers import student_samplers, teacher_sampler, undistilled_samplers
 from simpletuner.evaluation.scores import Row, best
@@ -55,9 +56,14 @@ def evaluate(plan: Plan, results: Sequence[Path], num_prompts: int, progress: Pr
     return _Evaluation(plan, num_prompts, progress).run(results)
 
 
+def knows_scenes(plan: Plan) -> bool:
+    """Returns whether the model of a run learns the scenes, so that its pictures can be read."""
+    return any(are_scenes(summary.config.instance_data_dir) for summary in plan.datasets)
+
+
 def require_scenes(plan: Plan) -> None:
     """Raises UserError for a run whose model cannot be judged; a run asks before it trains."""
-    if not any(are_scenes(summary.config.instance_data_dir) for summary in plan.datasets):
+    if not knows_scenes(plan):
         raise UserError(
             "evaluation: only models of the quickstart's scenes can be judged yet, and no dataset has drawn scenes; in "
             "a config of your own leave evaluation_prompts out"
@@ -101,9 +107,9 @@ class _Evaluation:
 
     def run(self, results: Sequence[Path]) -> Report:
         """Returns the report, and writes it."""
-        plan = self.plan
-        students = [result_pipeline(plan.family, plan.source, plan.weight_dtype, result) for result in results]
-        samplers = student_samplers(*result_sampling(results[0]))
+        runs = [finished_run(result) for result in results]
+        students = [run.pipeline() for run in runs]
+        samplers = student_samplers(runs[0].scheduler_config, runs[0].sampling)
         real = self._judge("real pictures", 0, [[render(scene) for scene in self.scenes]])
         teacher, undistilled = self._undistilled()
         drawn = [self._draw(pipeline, samplers) for pipeline in students]

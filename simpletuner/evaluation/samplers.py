@@ -12,7 +12,7 @@ FEW_STEPS = (1, 2, 4, 8)
 
 def teacher_sampler(scheduler_config: Mapping[str, Any]) -> Sampler:  # Any: JSON
     """Returns how the teacher draws when it may take its time: by its own scheduler, with guidance."""
-    return Sampler(_label("teacher", TEACHER_STEPS), own_scheduler(scheduler_config), TEACHER_STEPS, TEACHER_GUIDANCE)
+    return Sampler(label_of("teacher", TEACHER_STEPS), own_scheduler(scheduler_config), TEACHER_STEPS, TEACHER_GUIDANCE)
 
 
 def undistilled_samplers(scheduler_config: Mapping[str, Any]) -> list[Sampler]:  # Any: JSON
@@ -29,7 +29,7 @@ def undistilled_samplers(scheduler_config: Mapping[str, Any]) -> list[Sampler]: 
     }
     return [
         Sampler(
-            f"{_label('teacher', steps)}, {name}{', guided' if guidance > 1 else ''}",
+            f"{label_of('teacher', steps)}, {name}{', guided' if guidance > 1 else ''}",
             make_scheduler(scheduler_class, scheduler_config, **changes),
             steps,
             guidance,
@@ -53,7 +53,7 @@ def student_samplers(
     options = {key: value for key, value in sampling.items() if key not in ("num_inference_steps", "guidance_scale")}
     return [
         Sampler(
-            _label("student", each),
+            label_of("student", each),
             own_scheduler(scheduler_config),
             each,
             sampling["guidance_scale"],
@@ -65,5 +65,6 @@ def student_samplers(
     ]
 
 
-def _label(who: str, steps: int) -> str:
+def label_of(who: str, steps: int) -> str:
+    """Returns the heading of who draws in so many steps."""
     return f"{who}, {steps} step{'s' if steps > 1 else ''}"

@@ -59,6 +59,7 @@ def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:
     document = {
         "step": state.step,
         "sampling": _sampling(plan, settings),
+        "teacher": _teacher(plan),
         "loading": {
             "network": None if run.has_adapter else type(run.module).__name__,
             "scheduler": type(settings.scheduler).__name__,
@@ -134,6 +135,13 @@ def card_facts(plan: Plan, document: Mapping[str, Any], here: str) -> CardFacts:
         tags=("text-to-image", "diffusers", *(() if plan.lora is None else ("lora",)), plan.method),
         note=plan.config.publish.model_card_note,
     )
+
+
+def _teacher(plan: Plan) -> dict[str, float]:
+    """Returns how the base model draws what the result is to draw."""
+    steps, guidance = plan.family.usual_sampling
+    advised = plan.distiller.defaults(plan.method_config, plan.config.model.model_type).teacher_guidance
+    return {"num_inference_steps": steps, "guidance_scale": guidance if advised is None else advised}
 
 
 def _sampling(plan: Plan, settings: SamplingSettings) -> dict[str, Any]:

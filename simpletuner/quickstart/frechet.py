@@ -7,7 +7,7 @@ say.
 N pictures, D features; the covariances and the matrix root are float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -77,29 +77,34 @@ def _root(matrix: Tensor) -> Tensor:
 
 def features(pictures: Sequence[Image.Image]) -> Tensor:
     """Returns [N, D] float64 features of RGB pictures of any sizes, in their order."""
-    kernels = _kernels()
     rows: dict[int, Tensor] = {}
     with torch.inference_mode():
         for _, batch in batches_of_one_size([picture.size for picture in pictures], _BATCH_SIZE):
-            pixels = torch.stack([_tensor(pictures[index]) for index in batch])
-            rows.update(zip(batch, _pooled(kernels, pixels), strict=True))
+            pixels = torch.stack([as_tensor(pictures[index]) for index in batch])
+            rows.update(zip(batch, _pooled(pixels), strict=True))
     return torch.stack([rows[index] for index in range(len(pictures))])
 
 
-def _tensor(picture: Image.Image) -> Tensor:
+def as_tensor(picture: Image.Image) -> Tensor:
     """Returns [3, h, w] in [-1, 1]."""
     pixels = torch.from_numpy(np.array(picture.convert("RGB")))
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _pooled(kernels: Sequence[Tensor], pixels: Tensor) -> Tensor:
+def _pooled(pixels: Tensor) -> Tensor:
     """Returns [B, D] of [B, 3, h, w]: the colour, and mean and deviation over the picture of each filter."""
     pooled = [_COLOR_WEIGHT * pixels.mean((2, 3))]
-    for kernel in kernels:
+    for stage in stages(pixels):
+        pooled += [stage.mean((2, 3)), stage.std((2, 3))]
+    return _UNIT * torch.cat(pooled, 1).double()
+
+
+def stages(pixels: Tensor) -> Iterator[Tensor]:
+    """Yields [B, F, h, w] what the filters of each stage say of [B, 3, H, W] pixels in [-1, 1]."""
+    for kernel in _kernels():
         framed = functional.pad(pixels, (2, 2, 2, 2), mode="reflect")
         pixels = functional.leaky_relu(functional.conv2d(framed, kernel, stride=2), 0.2)
-        pooled += [pixels.mean((2, 3)), pixels.std((2, 3))]
-    return _UNIT * torch.cat(pooled, 1).double()
+        yield pixels
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,8 @@ from simpletuner.config.load import load
 from simpletuner.evaluation import evaluate as module
 from simpletuner.evaluation.drawing import draw_scenes
 from simpletuner.evaluation.evaluate import evaluate
-from simpletuner.evaluation.pipelines import base_pipeline, result_pipeline, result_sampling
+from simpletuner.evaluation.finished import finished_run
+from simpletuner.evaluation.pipelines import base_pipeline
 from simpletuner.evaluation.samplers import student_samplers, teacher_sampler
 from simpletuner.planning import look_ahead
 from simpletuner.quickstart.drawing import draw
@@ -62,11 +63,9 @@ def test_the_student_is_drawn_with_its_own_weights_and_the_teacher_without(scene
     scenes.train(learning_rate=0.1)
     plan = look_ahead(load(scenes.write()))
     prompts = [make_prompt(0, index) for index in range(3)]
-    sampler = student_samplers(*result_sampling(scenes.output), steps=[2])[0]
-    base, result = (
-        base_pipeline(*base_of(plan)),
-        result_pipeline(*base_of(plan), scenes.output),
-    )
+    run = finished_run(scenes.output)
+    sampler = student_samplers(run.scheduler_config, run.sampling, steps=[2])[0]
+    base, result = base_pipeline(*base_of(plan)), run.pipeline()
     first, again, other = (
         draw_scenes(pipeline, sampler, prompts, silent) for pipeline in (base, base_pipeline(*base_of(plan)), result)
     )

@@ -107,6 +107,15 @@ def test_a_result_goes_to_the_hub_and_draws_the_same_picture_by_its_id(project: 
     own = Image.open(project.output / picture).convert("RGB")
     assert max(high for _, high in ImageChops.difference(drawn, own).getextrema()) <= 1
 
+    words = ["sample", "ann/few-steps", "--base", base, "--prompt", PROMPT]
+    done = subprocess.run(
+        [sys.executable, "-m", "simpletuner", *words], env=environ, cwd=elsewhere, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (sampled,) = (elsewhere / "samples" / "seed-42").glob("*.png")
+    again = Image.open(sampled).convert("RGB")
+    assert max(high for _, high in ImageChops.difference(again, own).getextrema()) <= 1
+
 
 @pytest.fixture
 def at_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:

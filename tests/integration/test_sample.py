@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
@@ -49,3 +50,56 @@ def test_wishes_are_heard_and_those_that_cannot_be_are_refused(project: Project,
     ):
         with pytest.raises(UserError, match=said):
             list(sample(project.output, wrong, tmp_path))
+
+
+def drawn_by(project: Project, wishes: Wishes, folder: Path) -> Image.Image:
+    list(sample(project.output, wishes, folder))
+    (path,) = (folder / f"seed-{wishes.seeds[0]}").glob("*.png")
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def test_a_picture_can_be_begun_from_another(project: Project, tmp_path: Path):
+    project.train(validation_disable=True)
+    start = tmp_path / "start.png"
+    Image.new("RGB", (200, 100), (250, 20, 20)).save(start)
+    plain = drawn_by(project, Wishes([PROMPT], [1]), tmp_path / "plain")
+    little, much = (
+        drawn_by(project, Wishes([PROMPT], [1], image=start, strength=strength), tmp_path / str(strength))
+        for strength in (0.3, 0.9)
+    )
+    assert little.size == much.size == plain.size == (64, 64)
+    assert len({picture.tobytes() for picture in (plain, little, much)}) == 3
+    with pytest.raises(UserError, match="--strength: 0.1 of 4 steps is none; raise it to 0.25 or more, or --steps"):
+        list(sample(project.output, Wishes([PROMPT], [1], image=start, strength=0.1), tmp_path))
+    start.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="--image: '.*start.png' cannot be read as a picture"):
+        list(sample(project.output, Wishes([PROMPT], [1], image=start), tmp_path))
+
+
+def test_a_controlnet_holds_the_picture_to_another(project: Project, tiny_model: Path, tmp_path: Path):
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    project.train(validation_disable=True)
+    unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+    network = ControlNetModel.from_unet(unet)
+    network.save_pretrained(tmp_path / "says-nothing")  # its last layers begin as zeros
+    with torch.no_grad():
+        for block in network.controlnet_down_blocks:
+            block.weight.normal_()
+    network.save_pretrained(tmp_path / "says-something")
+    control = tmp_path / "control.png"
+    Image.new("RGB", (64, 64), (0, 255, 0)).save(control)
+
+    def held(name: str, **further: object) -> Image.Image:
+        wishes = Wishes([PROMPT], [1], controlnet=str(tmp_path / name), control_image=control, **further)
+        return drawn_by(project, wishes, tmp_path / "drawn" / f"{name}{len(further)}")
+
+    plain = drawn_by(project, Wishes([PROMPT], [1]), tmp_path / "plain")
+    assert ImageChops.difference(held("says-nothing"), plain).getbbox() is None
+    assert ImageChops.difference(held("says-something"), plain).getbbox() is not None
+    assert held("says-something", image=control).size == (64, 64)
+    with pytest.raises(UserError, match="a ControlNet needs both"):
+        list(sample(project.output, Wishes([PROMPT], [1], controlnet="x"), tmp_path))
+    with pytest.raises(UserError, match="--controlnet: '.*nothing-there' cannot be loaded"):
+        held("nothing-there")
