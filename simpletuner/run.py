@@ -37,7 +37,7 @@ from simpletuner.plan_view import cached_lines, plan_text
 from simpletuner.publishing.hub import Hub, open_hub
 from simpletuner.publishing.push import push_result
 from simpletuner.publishing.report import FILE_NAME as REPORT
-from simpletuner.publishing.result import disown, result_files, result_step, write_result
+from simpletuner.publishing.result import disown, result_files, result_step, write_card, write_result
 from simpletuner.quiet import quieten_libraries
 from simpletuner.training import metrics, resume, run_lock, snapshot
 from simpletuner.training.build import Run, build, make_accelerator
@@ -133,6 +133,7 @@ def _evaluate(plan: Plan) -> None:
     """Judges the finished run and prints what was found."""
     output_dir = plan.config.run.output_dir
     report = evaluate(plan, [output_dir], plan.config.validation.evaluation_prompts, CachingProgress())
+    write_card(plan)
     print(f"\n{report.text()}\n\nside by side: {output_dir / 'evaluation' / 'contact_sheet.png'}", flush=True)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 
+from simpletuner.publishing.card_code import call, further_code
+
 _DTYPES = {torch.float32: "torch.float32", torch.bfloat16: "torch.bfloat16", torch.float16: "torch.float16"}
 
 
@@ -42,6 +44,8 @@ class CardFacts:
     """The base model's, by the hub's own keys: license, and license_name and license_link where it has them."""
     sheet: str | None = None
     """The contact sheet, as a path beside the card."""
+    evaluation: str | None = None
+    """A table of what was judged, as Markdown."""
     samples: Mapping[str, str] = field(default_factory=dict[str, str])
     """Pictures that the model drew, as paths beside the card -> their prompts."""
 
@@ -62,6 +66,8 @@ def card_text(facts: CardFacts) -> str:
     table = "\n".join(f"| {heading} | {text} |" for heading, text in facts.rows.items())
     note = f"\n{facts.note}\n" if facts.note else ""
     sheet = f"\n![What was drawn while it was trained]({facts.sheet})\n" if facts.sheet else ""
+    further = "".join(f"\n### {heading}\n\n```python\n{code}```\n" for heading, code in further_code(facts).items())
+    evaluation = f"\n## How good it is\n\n{facts.evaluation.strip()}\n" if facts.evaluation else ""
     return f"""---
 {data.to_yaml()}
 ---
@@ -75,6 +81,8 @@ def card_text(facts: CardFacts) -> str:
 
 The scheduler of this folder belongs to the weights: it samples on the noise times that were trained.
 
+The same pipeline goes on, with files of yours in place of the names:
+{further}{evaluation}
 ## What was trained
 
 | | |
@@ -88,7 +96,6 @@ The whole configuration is in `simpletuner.json`.
 def inference_code(facts: CardFacts) -> str:
     """Returns a Python program that draws one picture with stock diffusers."""
     classes = sorted(name for name in {facts.pipeline, facts.scheduler, facts.network} if name is not None)
-    arguments = "".join(f", {key}={value!r}" for key, value in facts.sampling.items())
     lines = [
         "import torch",
         f"from diffusers import {', '.join(classes)}",
@@ -109,11 +116,7 @@ def inference_code(facts: CardFacts) -> str:
     lines += [
         f'pipeline.scheduler = {facts.scheduler}.from_pretrained({facts.here!r}, subfolder="scheduler")',
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
-        "image = pipeline(",
-        f"    {facts.prompt!r},",
-        f"    width={facts.size_px[0]}, height={facts.size_px[1]}{arguments},",
-        f"    generator=torch.Generator().manual_seed({facts.seed}),",
-        ").images[0]",
+        *call(facts, "pipeline"),
         'image.save("image.png")',
     ]
     return "\n".join(lines) + "\n"

@@ -68,10 +68,20 @@ def write_result(plan: Plan, run: Run, state: TrainState) -> Iterator[str]:
         "config": plan.config.model_dump(mode="json"),
         **provenance(),
     }
+    write_card(plan, document)
     with files_into(folder) as made:
-        (made / CARD).write_text(card_text(card_facts(plan, document, str(folder))), encoding="utf8")
         (made / CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
     yield f"how to draw with it: {folder / CARD}"
+
+
+def write_card(plan: Plan, document: Mapping[str, Any] | None = None) -> None:  # Any: JSON
+    """Writes the card beside the result; again, where a result that is there has been judged meanwhile."""
+    folder = plan.config.run.output_dir
+    if document is None:
+        document = json.loads((folder / CONFIG).read_text(encoding="utf8"))
+    assert document is not None
+    with files_into(folder) as made:
+        (made / CARD).write_text(card_text(card_facts(plan, document, str(folder))), encoding="utf8")
 
 
 def write_weights(plan: Plan, run: Run, settings: SamplingSettings, folder: Path) -> str:
@@ -134,7 +144,15 @@ def card_facts(plan: Plan, document: Mapping[str, Any], here: str) -> CardFacts:
         rows=plan_rows(plan),
         tags=("text-to-image", "diffusers", *(() if plan.lora is None else ("lora",)), plan.method),
         note=plan.config.publish.model_card_note,
+        evaluation=_evaluation(plan),
     )
+
+
+def _evaluation(plan: Plan) -> str | None:
+    """Returns the table of a run that is judged at its end, once it has been."""
+    path = plan.config.run.output_dir / "evaluation" / "evaluation.md"
+    judged = plan.config.validation.evaluation_prompts > 0 and path.is_file()
+    return path.read_text(encoding="utf8").partition("\n\n")[0] if judged else None
 
 
 def _teacher(plan: Plan) -> dict[str, float]:

@@ -54,6 +54,7 @@ def test_a_finished_run_is_judged_at_its_end(scenes: Project, capsys: pytest.Cap
     assert "student, 4 steps" in said
     assert str(folder / "contact_sheet.png") in said
     assert found["real"]["accuracy"] == 1.0
+    assert "## How good it is\n\n| | all right | 95 % |" in (scenes.output / "README.md").read_text()
     assert found["teacher"]["accuracy"] == 0.0  # an untrained model draws noise
     with Image.open(folder / "contact_sheet.png") as sheet:
         assert sheet.width > 6 * 96

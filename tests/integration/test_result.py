@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -72,6 +73,35 @@ assert not any(name.startswith("simpletuner") for name in sys.modules)
 """
 
 
+GOING_ON = """
+import os, sys
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from PIL import Image
+torch.set_num_threads(1)
+os.chdir(sys.argv[1])
+codes = [part.partition("```")[0] for part in open("README.md").read().split("```python")[1:]]
+names = {}
+exec(codes[0], names)
+plain = names["image"]
+unet = UNet2DConditionModel.from_pretrained(sys.argv[2], subfolder="unet")
+network = ControlNetModel.from_unet(unet)
+torch.nn.init.normal_(network.controlnet_down_blocks[0].weight)
+network.save_pretrained("controlnet")
+Image.new("RGB", (90, 90), "red").save("photo.png")
+Image.new("RGB", (90, 90), "green").save("edges.png")
+os.symlink(os.path.abspath(sys.argv[3]), "style.safetensors")
+for number, code in enumerate(codes[1:]):
+    exec(code, names)
+    assert names["image"].size == (64, 64)
+    assert names["image"].tobytes() != plain.tobytes(), code
+    exec(codes[0].partition("image = ")[2].join(["image = ", ""]), names)
+    assert names["image"].tobytes() == plain.tobytes(), code
+print(len(codes))
+assert not any(name.startswith("simpletuner") for name in sys.modules)
+"""
+
+
 @pytest.fixture(scope="module")
 def outputs(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pictures: Path, shared_cache: Path
@@ -105,6 +135,18 @@ def test_the_validation_picture_is_the_one_that_the_readme_draws(outputs: dict[s
     assert drawn.size == (64, 64)
     column = "step-000002-target" if name == "distilled-average" else "step-000002"
     assert not differ(drawn, picture(output, column))
+
+
+@pytest.mark.parametrize(("name", "num_programs"), [("float32", 4), ("distilled-full", 3), ("guided", 4)])
+def test_the_readmes_further_programs_draw_other_pictures_and_leave_the_pipeline_as_it_was(
+    outputs: dict[str, Path], tiny_model: Path, tmp_path: Path, name: str, num_programs: int
+):
+    folder = shutil.copytree(outputs[name], tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint*"))
+    style = outputs["random"] / "pytorch_lora_weights.safetensors"
+    command = [sys.executable, "-c", GOING_ON, str(folder), str(tiny_model), str(style)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(num_programs)
 
 
 ADAPTERS = [name for name, changes in RUNS.items() if changes.get("model_type") != "full"]
