@@ -116,18 +116,23 @@ def sample(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="The output_dir of a finished run, or the hub id of its result.")],
-    to: Annotated[Literal["kohya", "pipeline", "checkpoint"], typer.Option("--to", help="What to write.")],
+    run: Annotated[str, typer.Argument(help="The output_dir of a finished run, the hub id of its result, or a file.")],
+    to: Annotated[
+        Literal["kohya", "pipeline", "checkpoint", "diffusers"],
+        typer.Option("--to", help="What to write; diffusers: of an adapter's file of another program."),
+    ],
     output: Annotated[Path, typer.Option(help="The file (kohya, checkpoint) or the folder (pipeline) to write.")],
     dtype: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Default: the run's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    base: Annotated[str | None, typer.Option(help="The base model, if not where the run had it.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of a pipeline: variant of its weights, such as fp16.")] = None,
 ) -> None:
     """Write the result of a run for other programs: kohya's adapters, a whole pipeline, or one checkpoint file."""
     from simpletuner.exporting import export as write
     from simpletuner.quiet import quieten_libraries
 
     quieten_libraries()
-    for line in write(run, to, output, dtype, force):
+    for line in write(run, to, output, dtype, force, base, variant):
         print(line, flush=True)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from simpletuner.config.errors import UserError
 from simpletuner.distillers._base import own_scheduler
 from simpletuner.evaluation.finished import FinishedRun, finished_run
 from simpletuner.families._lora_file import LORA_FILE
+from simpletuner.importing import import_adapter
 from simpletuner.publishing.layouts import (
     CHECKPOINT_PREFIX,
     Blocks,
@@ -26,32 +28,60 @@ from simpletuner.publishing.layouts import (
     original_module,
 )
 
-Format = Literal["kohya", "pipeline", "checkpoint"]
+Format = Literal["kohya", "pipeline", "checkpoint", "diffusers"]
+_VERSIONS = {
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2": "sd_v2",
+}
+"""ModelSpec's architecture -> kohya's version of the base."""
+_SD2_WIDTH = 1024
+"""Of its text features."""
 _LORA_METADATA = "lora_adapter_metadata"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(run: str | Path, to: Format, output: Path, dtype: str | None = None, force: bool = False) -> Iterator[str]:
+def export(
+    run: str | Path,
+    to: Format,
+    output: Path,
+    dtype: str | None = None,
+    force: bool = False,
+    base: str | None = None,
+    variant: str | None = None,
+) -> Iterator[str]:
     """Writes the result of a run in another format; yields a line for a person on each thing that was written.
 
     Args:
         run: The output_dir of a finished run, or the hub id that its result was uploaded to.
         to: kohya: an adapter's file for ComfyUI and others; pipeline: a folder for ``from_pretrained``, the adapter in
-            its weights; checkpoint: one file with the names of the original release.
+            its weights; checkpoint: one file with the names of the original release; diffusers: of an adapter's file
+            in place of a run, a folder for ``load_lora_weights``.
         output: The file or the folder.
-        dtype: fp32, bf16 or fp16; None: the run's own.
+        dtype: fp32, bf16 or fp16; None: the run's own (of a file: fp32).
         force: Overwrite what is there.
+        base: Where the base model is; None: where the run had it.
+        variant: Of a pipeline: the word in its weights' names, by which ``from_pretrained`` finds them.
 
     Raises:
         UserError: No run has finished there, or its result cannot be had so.
     """
+    if variant is not None and to != "pipeline":
+        raise UserError(f"--variant: --to {to} writes one file, which has none; leave it out")
+    if (Path(run).suffix == ".safetensors") != (to == "diffusers"):
+        raise UserError(
+            "--to diffusers: it is for an adapter's .safetensors file, and the others are for finished runs"
+        )
+    if to == "diffusers":
+        yield from import_adapter(Path(run), base, output, _DTYPES[dtype or "fp32"], force)
+        return
     if output.exists() and not force:
         raise UserError(f"--output: '{output}' is there already; --force overwrites it")
-    result = finished_run(run)
+    result = finished_run(run, base)
     number = result.dtype if dtype is None else _DTYPES[dtype]
     ways: dict[Format, Callable[[FinishedRun, Path, torch.dtype], Iterator[str]]] = {
         "kohya": _kohya,
-        "pipeline": _pipeline,
+        "pipeline": partial(_pipeline, variant),
         "checkpoint": _checkpoint,
     }
     try:
@@ -78,7 +108,7 @@ def _kohya(result: FinishedRun, output: Path, dtype: torch.dtype) -> Iterator[st
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)),
         "ss_network_alpha": str(max(alphas.values())),
-        "ss_base_model_version": "sdxl_base_v1-0" if result.family_name == "sdxl" else "sd_v1",
+        "ss_base_model_version": _VERSIONS[_architecture(result)],
         "ss_sd_model_name": result.source.path.rstrip("/").rpartition("/")[2],
     }
     yield _write_file(output, renamed, metadata)
@@ -92,11 +122,11 @@ def _original_names(result: FinishedRun, state: Mapping[str, Tensor]) -> dict[st
     return {module: original_module(module, blocks) for module in modules}
 
 
-def _pipeline(result: FinishedRun, output: Path, dtype: torch.dtype) -> Iterator[str]:
+def _pipeline(variant: str | None, result: FinishedRun, output: Path, dtype: torch.dtype) -> Iterator[str]:
     """Writes a whole pipeline, with the adapter in the weights of its network."""
     pipeline = _fused(result, dtype)
     with files_into(output.parent) as made:
-        pipeline.save_pretrained(made / output.name, safe_serialization=True)
+        pipeline.save_pretrained(made / output.name, safe_serialization=True, variant=variant)
         if output.is_dir():  # its files would stay among the new ones
             shutil.rmtree(output)
     yield f"pipeline in {str(dtype).removeprefix('torch.')}: {output}"
@@ -128,11 +158,19 @@ def _fused(result: FinishedRun, dtype: torch.dtype) -> Any:  # Any: a diffusers 
     return pipeline.to(dtype)
 
 
+def _architecture(result: FinishedRun) -> str:
+    """Returns what ModelSpec calls the base model's kind; of a single file the config of its UNet says which."""
+    if result.family_name == "sdxl":
+        return "stable-diffusion-xl-v1-base"
+    unet = result.source.read_json("unet", "config.json") or {}
+    return "stable-diffusion-v2" if unet.get("cross_attention_dim") == _SD2_WIDTH else "stable-diffusion-v1"
+
+
 def _metadata(result: FinishedRun, kind: str) -> dict[str, str]:
     """Returns what a file says of itself, after https://github.com/Stability-AI/ModelSpec."""
     scheduler, sampling = result.scheduler_config, result.sampling
     base = result.source.path.rstrip("/").rpartition("/")[2]
-    architecture = "stable-diffusion-xl-v1-base" if result.family_name == "sdxl" else "stable-diffusion-v1"
+    architecture = _architecture(result)
     name = scheduler.get("_class_name", "")
     how = ", ".join(f"{key} {value}" for key, value in sampling.items())
     return {
@@ -141,6 +179,7 @@ def _metadata(result: FinishedRun, kind: str) -> dict[str, str]:
         "modelspec.architecture": f"{architecture}/{kind}" if kind else architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"{base}, {result.method}, step {result.document['step']}",
+        "modelspec.resolution": str(result.option("validation_resolution")).partition(",")[0],
         "modelspec.prediction_type": "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
         "modelspec.usage_hint": f"{name}, {how}",
         "simpletuner.base_model": base,

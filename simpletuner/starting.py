@@ -95,7 +95,7 @@ def _names(folder: Path) -> Iterator[Path]:
 
 def files(answers: Answers, found: Found) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
     """Returns the config, the data backend file, and a line on each choice that was made."""
-    family = _family(answers.base)
+    family = family_name(answers.base)
     area = _area(family, found)
     edge = _AREAS[area]
     distils, adapter = answers.purpose.startswith("lcm"), answers.purpose.endswith("lora")
@@ -136,7 +136,7 @@ def files(answers: Answers, found: Found) -> tuple[dict[str, Any], list[dict[str
     return config, _datasets(answers, found, said), said
 
 
-def _family(base: str) -> str:
+def family_name(base: str) -> str:
     """Returns the family of a base model: by its pipeline's name where it is here, else by its own."""
     index = Path(base) / "model_index.json"
     name = json.loads(index.read_text(encoding="utf8")).get("_class_name", "") if index.is_file() else base

@@ -161,3 +161,57 @@ def test_a_full_lcm_has_no_place_in_a_checkpoint(project: Project, tmp_path: Pat
     (tmp_path / "whole" / "unet" / "old.safetensors").touch()
     list(export(project.output, "pipeline", tmp_path / "whole", force=True))
     assert not (tmp_path / "whole" / "unet" / "old.safetensors").exists()
+
+
+def test_an_adapter_goes_to_kohyas_names_and_back_unchanged(run: Project, tmp_path: Path) -> None:
+    base = run.settings["pretrained_model_name_or_path"]
+    (tmp_path / "out").mkdir()
+    list(export(run.output, "kohya", tmp_path / "k.safetensors", "fp32"))
+    command = ["export", str(tmp_path / "k.safetensors"), "--to", "diffusers", "--base", base, "--output"]
+    done = CliRunner().invoke(app, [*command, str(tmp_path / "back")])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("79 layers, ")
+    back = tmp_path / "back" / "pytorch_lora_weights.safetensors"
+    own, read = load_file(run.output / "pytorch_lora_weights.safetensors"), load_file(back)
+    assert own.keys() == read.keys()
+    assert all(torch.equal(value, read[name]) for name, value in own.items())
+    pictures: list[torch.Tensor] = []
+    for folder in (run.output, back.parent):
+        pipeline = stock(run)
+        pipeline.load_lora_weights(folder)
+        pictures.append(drawn(pipeline))
+    torch.testing.assert_close(*pictures, rtol=1e-5, atol=1e-5)
+    for words, said in (
+        (["--to", "kohya"], "--to diffusers: it is for an adapter's .safetensors file"),
+        (["--to", "diffusers"], "--base: required for a file"),
+        (["--to", "diffusers", "--base", base], "--output: '.*back' is there already"),
+        (["--to", "diffusers", "--base", base, "--variant", "fp16"], "--variant: --to diffusers writes one file"),
+    ):
+        failed = CliRunner().invoke(
+            app, ["export", str(tmp_path / "k.safetensors"), *words, "--output", str(tmp_path / "back")]
+        )
+        with pytest.raises(UserError, match=said):
+            raise failed.exception or AssertionError(failed.output)
+
+
+def test_a_pipeline_of_a_variant_and_what_a_file_says_of_an_sd2(project: Project, tmp_path: Path) -> None:
+    model = RECIPES["sd1x"](tmp_path / "model")
+    project.settings |= {"model_family": "sd1x", "pretrained_model_name_or_path": str(model)}
+    project.settings["cache_dir"] = str(tmp_path / "cache")
+    project.train(**LORA)
+    list(export(project.output, "pipeline", tmp_path / "whole", "fp16", variant="fp16"))
+    assert (tmp_path / "whole" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "whole", variant="fp16", torch_dtype=torch.float16)
+    assert pipeline.unet.dtype == torch.float16
+
+    def told() -> dict[str, str]:
+        list(export(project.output, "kohya", tmp_path / "k.safetensors", force=True))
+        with safe_open(tmp_path / "k.safetensors", framework="pt") as file:
+            return file.metadata()
+
+    assert told()["ss_base_model_version"] == "sd_v1"
+    assert told()["modelspec.resolution"] == "64x64"
+    config = model / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 1024}))
+    assert told()["ss_base_model_version"] == "sd_v2"
+    assert told()["modelspec.architecture"] == "stable-diffusion-v2/lora"
