@@ -154,6 +154,14 @@ addEventListener("load", () => {
   const ground = getComputedStyle(document.body).backgroundColor;
   document.getElementById("theme").click();
   document.body.dataset.themed = String(getComputedStyle(document.body).backgroundColor !== ground);
+  const reached = [...document.querySelectorAll("button, input, summary, a[href], [tabindex]")].filter((element) => {
+    element.focus();
+    const named = element.textContent.trim() || element.ariaLabel || element.labels?.length;
+    return document.activeElement === element && named && getComputedStyle(element).outlineStyle !== "none";
+  });
+  document.body.dataset.keys = reached.map((element) => element.id).filter(Boolean).join(" ");
+  document.getElementById("copy").click();
+  setTimeout(() => document.body.dataset.copied = document.getElementById("copied").textContent, 500);
 });
 </script></head>"""
 
@@ -171,6 +179,8 @@ def test_it_works_in_a_browser(report: Report, tmp_path: Path, width_px: int) ->
     ]
     done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, check=True, timeout=120)
     found = dict(re.findall(r'data-(\w+)="([^"]*)"', re.search(r"<body[^>]*>", done.stdout)[0]))  # type: ignore[index]
+    assert found.pop("copied") in ("copied", "selected: press Ctrl+C")  # by what a browser allows a file
+    assert found.pop("keys") == "theme moment code copy"
     assert found == {"moved": "true step-000002", "charts": "2", "wide": "false", "themed": "true"}
     assert "CONSOLE" not in done.stderr
 
