@@ -90,10 +90,16 @@ _TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
     ),
     ("notice", _MEMORY): (
         "gradient_checkpointing_backend optimizer_cpu_offload_method "
-        "optimizer_offload_gradients optimizer_release_gradients fuse_optimizer enable_group_offload "
-        "group_offload_type group_offload_blocks_per_group group_offload_use_stream group_offload_to_disk_path "
+        "optimizer_offload_gradients optimizer_release_gradients fuse_optimizer "
         "offload_param_path accelerator_cache_clear_interval enable_chunked_feed_forward feed_forward_chunk_size "
         "unet_attention_slice"
+    ),
+    (
+        "notice",
+        "the backward pass would miss layers that are moved away; base_model_precision int8-quanto saves memory",
+    ): (
+        "enable_group_offload group_offload_type group_offload_blocks_per_group group_offload_use_stream "
+        "group_offload_to_disk_path"
     ),
     ("notice", "layers are quantized one by one on the device that trains; nothing else is, activations included"): (
         "quantize_via quantization_config base_model_default_dtype quantize_activations"
