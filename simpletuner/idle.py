@@ -40,6 +40,11 @@ _RULES: tuple[_Rule, ...] = (
         "report_to names no tracker",
     ),
     (
+        ("custom_tracker",),
+        lambda config, _: "custom-tracker" not in config.publish.report_to,
+        "report_to does not name custom-tracker",
+    ),
+    (
         ("noise_offset",),
         lambda config, _: not config.objective.offset_noise,
         "offset_noise is off",

@@ -195,11 +195,20 @@ def _resolve_paths(sections: dict[str, Section], explicit: frozenset[str], place
     publish = sections["publish"]
     assert isinstance(publish, PublishSection)
     webhooks = _file("webhook_config", publish.webhook_config, places, findings)
-    sections["publish"] = publish.model_copy(update={"webhook_config": webhooks})
+    tracker = _file("custom_tracker", _tracker_file(publish, findings), places, findings)
+    sections["publish"] = publish.model_copy(update={"webhook_config": webhooks, "custom_tracker": tracker})
     if "validation_resolution" not in explicit:
         edge = square_px(data.resolution, data.resolution_type, data.aspect_bucket_alignment)
         update["validation_resolution"] = f"{edge}x{edge}"
     sections["validation"] = validation.model_copy(update=update)
+
+
+def _tracker_file(publish: PublishSection, findings: Findings) -> Path | None:
+    """Returns the file of a tracker of the user's own, where it is written or named."""
+    path = publish.custom_tracker
+    if path is None and "custom-tracker" in publish.report_to:
+        findings.problems.append("custom_tracker: required by report_to custom-tracker: its Python file")
+    return Path("custom-trackers") / f"{path}.py" if path is not None and not path.suffix else path
 
 
 def _file(key: str, path: Path | None, places: Places, findings: Findings) -> Path | None:

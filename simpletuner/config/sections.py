@@ -301,6 +301,12 @@ class PublishSection(Section):
         "free",
         "Trackers: one, a list or a comma-separated string; none; all: those installed. See PUBLISHING.md.",
     )
+    custom_tracker: Path | None = setting(
+        None,
+        "free",
+        "For report_to custom-tracker: a Python file with a subclass of accelerate's GeneralTracker, which is run; or "
+        "a name, whose file is custom-trackers/NAME.py.",
+    )
     tracker_project_name: str = setting("simpletuner", "free", "Project in the tracker.")
     tracker_run_name: str | None = setting(None, "free", "Run in the tracker. Default: the tracker's own choice.")
 

@@ -4,6 +4,7 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from simpletuner.atomic import files_into
 from simpletuner.config.errors import UserError
 from simpletuner.config.schema import Config
+from simpletuner.hooks.custom_tracker import custom_tracker
 from simpletuner.training.metrics import Row
 
 IDS = "trackers.json"
@@ -62,6 +64,10 @@ class Trackers:
 
 
 def _log_pictures(tracker: Any, step: int, pictures: Mapping[str, Path]) -> None:  # Any: only some have log_images
+    if tracker.name == "trackio":
+        picture: Any = import_module("trackio").Image  # Any: an optional package
+        tracker.log({name: picture(str(path)) for name, path in pictures.items()}, step=step)
+        return
     if not hasattr(tracker, "log_images"):
         return
     values = {
@@ -84,22 +90,30 @@ def start_trackers(config: Config, step: int) -> Trackers:
             _check_wandb()
     ids = _ids(config, step)
     for name in config.publish.report_to:
-        # Any: each class takes arguments of its own
-        tracker: Any = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, config, ids, step))
+        tracker = _made(name, config, ids, step)
         try:
             tracker.start()
-        except (OSError, RuntimeError, ValueError, *_wandb_errors(name)) as error:
+        except (OSError, RuntimeError, ValueError, *_further_errors(name)) as error:
             said = " ".join(str(error).split())
             offline = ", set WANDB_MODE=offline," if name == "wandb" else ""
             raise UserError(f"report_to: {name} does not start ({said}): mend that{offline} or leave it out") from error
         started.append(tracker)
-        if step == 0:
+        if step == 0 or name == "trackio":  # which forgets the options of a run that goes on
             tracker.store_init_configuration(_plain(config))
     return Trackers(started, step)
 
 
+def _made(name: str, config: Config, ids: Mapping[str, str], step: int) -> Any:  # Any: classes of many libraries
+    """Returns a tracker that has not started yet."""
+    if name == "custom-tracker":
+        path, project = config.publish.custom_tracker, config.publish.tracker_project_name
+        assert path is not None  # reading the config has seen to it
+        return custom_tracker(path, project, config.run.output_dir / name)
+    return LOGGER_TYPE_TO_CLASS[name](**_arguments(name, config, ids, step))
+
+
 def _check_package(name: str) -> None:
-    if find_spec(name) is None:
+    if name != "custom-tracker" and find_spec(name) is None:
         package = _PACKAGES.get(name, f'"simpletuner[{name}]"')
         raise UserError(f"report_to: '{name}' needs its package: pip install {package}")
 
@@ -115,7 +129,10 @@ def _check_wandb() -> None:
         )
 
 
-def _wandb_errors(name: str) -> tuple[type[Exception], ...]:
+def _further_errors(name: str) -> tuple[type[Exception], ...]:
+    """Returns what a tracker may raise beside the usual: of the user's own, anything."""
+    if name == "custom-tracker":
+        return (Exception,)
     if name != "wandb":
         return ()
     import wandb
@@ -140,6 +157,9 @@ def _arguments(name: str, config: Config, ids: Mapping[str, str], step: int) -> 
             # What a killed run logged after its last checkpoint is hidden: it comes again.
             purge = step + 1 if step else 0
             return {"run_name": _file_name(title or project), "logging_dir": folder / _FOLDER, "purge_step": purge}
+        case "trackio":
+            run = {"name": title or f"run-{ids[name]}", "resume": "allow" if step else "never", "embed": False}
+            return {"run_name": project, **run}
         case "swanlab":
             run = {"id": ids[name], "resume": "allow", "logdir": str(folder / name)}
             return {"run_name": project, "experiment_name": title, **run}
@@ -157,7 +177,7 @@ def _ids(config: Config, step: int) -> dict[str, str]:
     """Returns tracker -> id of this run there: the one it began with, where it goes on."""
     path = config.run.output_dir / IDS
     kept: dict[str, str] = json.loads(path.read_text(encoding="utf8")) if step and path.is_file() else {}
-    ids = {name: kept.get(name, uuid.uuid4().hex[:8]) for name in ("wandb", "swanlab")}
+    ids = {name: kept.get(name, uuid.uuid4().hex[:8]) for name in ("wandb", "swanlab", "trackio")}
     if ids.keys() & set(config.publish.report_to):
         with files_into(path.parent) as made:
             (made / IDS).write_text(json.dumps(ids), encoding="utf8")

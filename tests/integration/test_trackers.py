@@ -185,3 +185,102 @@ def test_a_missing_package_names_what_to_install(
     with pytest.raises(UserError) as caught:
         start_trackers(load(project.write(report_to=name)), 0)
     assert caught.value.lines == (f"report_to: '{name}' needs its package: {advice}",)
+
+
+def test_trackio_stores_rows_pictures_and_options_of_one_run(
+    project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    import sqlite3
+
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    options = {
+        "report_to": "trackio",
+        "tracker_project_name": "few-steps",
+        "validation_prompt": "a red picture",
+        "validation_step_interval": 1,
+        "disable_benchmark": True,
+        "checkpoint_step_interval": 1,
+        "model_card_note": "{env:STYLE}",
+    }
+    project.train(**options, max_train_steps=2)
+    project.train(**options, max_train_steps=3)
+    expected = metrics.read(project.output / metrics.FILE_NAME)
+    folder = Path(importlib.import_module("trackio.utils").TRACKIO_DIR)
+    with sqlite3.connect(folder / "few-steps.db") as base:
+        stored = base.execute("select run_id, step, metrics from metrics order by id").fetchall()
+        ((settings,),) = base.execute("select config from configs").fetchall()
+    assert len({run for run, _, _ in stored}) == 1
+    rows = [(step, json.loads(values)) for _, step, values in stored]
+    losses = [(step, values["loss"]) for step, values in rows if "loss" in values]
+    assert losses == [(row["step"], pytest.approx(row["loss"])) for row in expected]
+    pictures = [(step, value) for step, values in rows for key, value in values.items() if key.startswith("trained/")]
+    assert [step for step, _ in pictures] == [1, 2, 3]
+    (drawn,) = (project.output / "validation" / "step-000001").glob("*.png")
+    kept = Image.open(folder / "media" / pictures[0][1]["file_path"])
+    assert np.array_equal(np.asarray(kept.convert("RGB")), np.asarray(Image.open(drawn).convert("RGB")))
+    assert json.loads(settings)["learning_rate"] == 1e-2
+    assert json.loads(settings)["model_card_note"] == "{env:STYLE}"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def documented_tracker() -> str:
+    page = (Path(__file__).parents[2] / "documentation" / "PUBLISHING.md").read_text()
+    return page.partition("```python\nfrom accelerate.tracking")[2].partition("```")[0]
+
+
+def test_the_documented_tracker_of_ones_own_runs(project: Project):
+    folder = project.folder / "custom-trackers"
+    folder.mkdir(parents=True)
+    (folder / "mine.py").write_text("from accelerate.tracking" + documented_tracker())
+    project.train(
+        report_to="custom-tracker",
+        custom_tracker="mine",
+        validation_prompt="a red picture",
+        validation_step_interval=1,
+        disable_benchmark=True,
+        model_card_note="{env:STYLE}",
+    )
+    settings, *lines = (project.output / "custom-tracker" / "rows.txt").read_text().splitlines()
+    assert "'model_card_note': '{env:STYLE}'" in settings
+    assert SECRET not in settings
+    expected = [row["loss"] for row in metrics.read(project.output / metrics.FILE_NAME)]
+    assert [(line.split()[0], line.split()[1]) for line in lines] == [
+        ("1", f"{expected[0]}"),
+        ("1", lines[1].split()[1]),
+        ("2", f"{expected[1]}"),
+        ("2", lines[3].split()[1]),
+    ]
+    assert "trained/a-red-picture" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("1 / 0", "fails: ZeroDivisionError: division by zero"),
+        ("import this_is_not_there", "fails: ModuleNotFoundError: No module named 'this_is_not_there'"),
+        ("x = 1", "needs one subclass of accelerate's GeneralTracker, has none"),
+        ("from accelerate.tracking import GeneralTracker as G\nclass A(G): ...\nclass B(G): ...", "has A, B"),
+        (
+            "from accelerate.tracking import GeneralTracker as G\nclass A(G):\n    def __init__(self, mine): ...",
+            "A cannot be made: TypeError",
+        ),
+    ],
+)
+def test_a_tracker_of_ones_own_that_does_not_work_is_one_line(project: Project, code: str, said: str):
+    path = project.folder / "mine.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+    with pytest.raises(UserError) as caught:
+        project.train(report_to="custom-tracker", custom_tracker="mine.py")
+    (line,) = caught.value.lines
+    assert line.startswith("custom_tracker: ")
+    assert said in line
+
+
+def test_a_tracker_of_ones_own_has_to_be_named(project: Project):
+    with pytest.raises(UserError, match="custom_tracker: required by report_to custom-tracker"):
+        load(project.write(report_to="custom-tracker"))
+    with pytest.raises(UserError, match="custom_tracker: there is no file 'custom-trackers/other.py'"):
+        load(project.write(report_to="custom-tracker", custom_tracker="other"))

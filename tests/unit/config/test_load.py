@@ -352,6 +352,8 @@ def test_all_trackers_are_those_that_are_installed(run: Run, monkeypatch: pytest
     there = {"tensorboard", "mlflow"}
     monkeypatch.setattr("simpletuner.config.trackers.find_spec", lambda name: name in there or None)
     assert run.load({"report_to": "all"}).publish.report_to == ("tensorboard", "mlflow")
+    custom = {"report_to": "all,custom-tracker", "custom_tracker": __file__}
+    assert run.load(custom).publish.report_to == ("custom-tracker", "tensorboard", "mlflow")
     there.clear()
     (line,) = run.problems({"report_to": "all"})
-    assert line == "report_to: all: none is installed of wandb, tensorboard, comet_ml, mlflow, swanlab"
+    assert line == "report_to: all: none is installed of wandb, tensorboard, trackio, comet_ml, mlflow, swanlab"
