@@ -40,6 +40,8 @@ class CardFacts:
     """What was trained: heading -> text."""
     tags: tuple[str, ...]
     note: str | None
+    instance_prompt: str | None = None
+    """The words that call what was learned, where all images were trained with them."""
     licence: Mapping[str, str] = field(default_factory=dict[str, str])
     """The base model's, by the hub's own keys: license, and license_name and license_link where it has them."""
     sheet: str | None = None
@@ -56,6 +58,8 @@ def card_text(facts: CardFacts) -> str:
     base = facts.base_model if looks_like_hub_id(facts.base_model) else None
     widget = [{"text": prompt, "output": {"url": path}} for path, prompt in facts.samples.items()]
     metadata: dict[str, Any] = {**facts.licence, **({"widget": widget} if widget else {})}
+    if facts.instance_prompt:
+        metadata["instance_prompt"] = facts.instance_prompt
     data = ModelCardData(
         base_model=base,
         library_name="diffusers",

@@ -72,6 +72,7 @@ def _public_facts(plan: Plan, document: Mapping[str, Any], hub: Hub, pictures: l
         prompt=hide(facts.prompt),
         rows={heading: hide_path(text) for heading, text in facts.rows.items()},
         note=hide(facts.note) if facts.note else None,
+        instance_prompt=hide(facts.instance_prompt) if facts.instance_prompt else None,
         licence=hub.licence,
         sheet=sheets[0] if sheets else None,
         samples=dict(list(drawn.items())[:_NUM_SAMPLES]),

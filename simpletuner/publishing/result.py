@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from simpletuner.atomic import files_into
+from simpletuner.config.schema import DatasetConfig
 from simpletuner.plan import Plan
 from simpletuner.plan_view import plan_rows
 from simpletuner.publishing.export import whole_pipeline, write_lora, write_model, write_network, write_pipeline
@@ -144,8 +145,20 @@ def card_facts(plan: Plan, document: Mapping[str, Any], here: str) -> CardFacts:
         rows=plan_rows(plan),
         tags=("text-to-image", "diffusers", *(() if plan.lora is None else ("lora",)), plan.method),
         note=plan.config.publish.model_card_note,
+        instance_prompt=_instance_prompt(plan),
         evaluation=_evaluation(plan),
     )
+
+
+def _instance_prompt(plan: Plan) -> str | None:
+    """Returns the one prompt that all images were trained with, or that stood before their captions."""
+    configs = [summary.config for summary in plan.datasets]
+    prompts = {config.instance_prompt if _uses_instance_prompt(config) else None for config in configs}
+    return prompts.pop() if len(prompts) == 1 else None
+
+
+def _uses_instance_prompt(config: DatasetConfig) -> bool:
+    return config.caption_strategy == "instanceprompt" or config.only_instance_prompt or config.prepend_instance_prompt
 
 
 def _evaluation(plan: Plan) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageChops
 from safetensors import safe_open
@@ -180,6 +181,21 @@ def test_noise_of_sampling_that_the_method_advises_is_in_the_call(outputs: dict[
 def test_a_negative_prompt_changes_the_picture(outputs: dict[str, Path]):
     """Else the equality above would hold for two programs that both ignore it."""
     assert differ(Image.open(outputs["guided"] / "base.png"), Image.open(outputs["guided-by-nothing"] / "base.png"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "prompt"),
+    [
+        ({"caption_strategy": "instanceprompt", "instance_prompt": "a sks dog"}, "a sks dog"),
+        ({"instance_prompt": "a sks dog", "prepend_instance_prompt": True}, "a sks dog"),
+        ({"instance_prompt": "a sks dog"}, None),  # of which the captions make no use
+    ],
+)
+def test_the_card_says_the_words_that_call_what_was_learned(project: Project, entry: dict[str, Any], prompt: Any):
+    project.datasets[0] |= entry
+    project.train(max_train_steps=1, validation_disable=True)
+    card = (project.output / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1]).get("instance_prompt") == prompt
 
 
 @pytest.mark.parametrize("name", ["float32", "bf16"])

@@ -74,3 +74,5 @@ def test_the_metadata_names_a_base_of_the_hub_and_no_path_of_this_machine() -> N
     assert "base_model" not in metadata(replace(FACTS, base_model="/home/someone/model"))
     assert metadata(FACTS)["tags"] == ["lora"]
     assert "A note." in card_text(FACTS)
+    assert "instance_prompt" not in metadata(FACTS)
+    assert metadata(replace(FACTS, instance_prompt="sks: a dog"))["instance_prompt"] == "sks: a dog"
