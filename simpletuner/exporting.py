@@ -27,6 +27,7 @@ from simpletuner.publishing.layouts import (
     kohya_lora,
     original_module,
 )
+from simpletuner.training.lycoris import merge_lycoris
 
 Format = Literal["kohya", "pipeline", "checkpoint", "diffusers"]
 _VERSIONS = {
@@ -94,6 +95,8 @@ def export(
 
 def _kohya(result: FinishedRun, output: Path, dtype: torch.dtype) -> Iterator[str]:
     """Writes an adapter with kohya's names."""
+    if result.is_lycoris:
+        raise UserError("--to kohya: this adapter is LyCORIS's, whose own file other programs read as it is")
     if not result.is_adapter:
         raise UserError("--to kohya: this run trained a whole model, not an adapter; use checkpoint or pipeline")
     with safe_open(result.folder / LORA_FILE, framework="pt") as file:
@@ -151,7 +154,9 @@ def _checkpoint(result: FinishedRun, output: Path, dtype: torch.dtype) -> Iterat
 def _fused(result: FinishedRun, dtype: torch.dtype) -> Any:  # Any: a diffusers pipeline
     """Returns the pipeline of a run with its own scheduler, the adapter added to the weights in float32."""
     pipeline = result.pipeline(torch.float32)
-    if result.is_adapter:
+    if result.is_lycoris:
+        merge_lycoris(pipeline.unet)
+    elif result.is_adapter:
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     pipeline.register_modules(scheduler=own_scheduler(result.scheduler_config))

@@ -9,6 +9,7 @@ _Rule = tuple[tuple[str, ...], Callable[[Config, bool], bool], str]
 
 _ADAPTER = (
     "lora_type",
+    "lycoris_config",
     "lora_rank",
     "lora_alpha",
     "lora_dropout",
@@ -18,11 +19,22 @@ _ADAPTER = (
     "init_lora",
     "lora_format",
 )
+_STANDARD = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init_type", "use_dora", "use_rslora")
 _RULES: tuple[_Rule, ...] = (
     (
         (*_ADAPTER, "peft_lora_target_modules"),
         lambda config, _: config.model.model_type == "full",
         "model_type is full, which has no adapter",
+    ),
+    (
+        (*_STANDARD, "peft_lora_target_modules"),
+        lambda config, _: config.lora.lora_type == "lycoris",
+        "lycoris_config says it",
+    ),
+    (
+        ("lycoris_config",),
+        lambda config, _: config.lora.lora_type == "standard",
+        "lora_type is standard",
     ),
     (
         ("export_weights", "export_pipeline"),

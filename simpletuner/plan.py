@@ -3,16 +3,16 @@
 It reads JSON files and safetensors headers only, writes nothing, and imports neither diffusers nor transformers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from simpletuner.adapter_plan import LoraPlan, plan_adapter
 from simpletuner.chosen import Chosen, choose
-from simpletuner.config.errors import Problems, UserError
+from simpletuner.config.errors import Problems
 from simpletuner.config.schema import Config, OptimizerSection
 from simpletuner.data.identity import Encoding
 from simpletuner.data.manifest import Manifest
@@ -21,7 +21,7 @@ from simpletuner.data.sampler import Window
 from simpletuner.data.summary import DatasetSummary
 from simpletuner.distillers._base import Defaults, Distiller, ModelType, RunFacts, Setting
 from simpletuner.duration import count_steps, warmup_notices, windows
-from simpletuner.families._base import LORA_PRESETS, Facts, ModelFamily, lora_modules, lora_num_parameters
+from simpletuner.families._base import Facts, ModelFamily
 from simpletuner.families._source import ModelSource
 from simpletuner.idle import idle_settings
 from simpletuner.optimizers._base import OptimizerPlugin
@@ -33,17 +33,6 @@ T = TypeVar("T")
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VAE_DTYPES = {"default": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class LoraPlan:
-    """The adapter to train."""
-
-    settings: Mapping[str, Any]
-    """Arguments of ``peft.LoraConfig``."""
-    num_modules: int | None
-    """Layers that are adapted; None when the model is not on this machine yet."""
-    num_parameters: int | None
 
 
 @dataclass(frozen=True)
@@ -177,7 +166,7 @@ def make_plan(
     assert max_steps is not None
     guided = validation.guidance_scale > 1
     notices += [*idle_settings(config, guided), *_idle_optimizer_keys(config, chosen.optimizer)]
-    lora = _lora(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
+    lora = plan_adapter(config, chosen, defaults, notices) if config.model.model_type == "lora" else None
     notices.extend(warmup_notices(config.optimizer.lr_warmup_steps, max_steps))
     plan = Plan(
         config=config,
@@ -322,44 +311,6 @@ def _run_facts(config: Config, chosen: Chosen, validation: ValidationPlan | None
     )
     others = drawn.other_steps if drawn else ()
     return [facts, *(replace(facts, validation_num_inference_steps=steps) for steps in others)]
-
-
-def _lora(config: Config, chosen: Chosen, defaults: Defaults, notices: list[str]) -> LoraPlan:
-    """Returns the adapter: its targets are the user's, else the method's, else the family's."""
-    lora = config.lora
-    targets = lora.peft_lora_target_modules or defaults.lora_targets or chosen.family.lora_targets
-    if len(targets) == 1:
-        targets = LORA_PRESETS.get(targets[0], targets)
-    rank = lora.lora_rank
-    if "lora_rank" not in config.explicit and defaults.lora_rank is not None:
-        rank = defaults.lora_rank
-    if lora.use_dora and lora.lora_format != "diffusers":
-        raise UserError(
-            f"lora_format: '{lora.lora_format}' has no place for DoRA; set it to diffusers, or use_dora to false"
-        )
-    if lora.init_lora is not None and not Path(lora.init_lora).is_file():
-        raise UserError(f"init_lora: '{lora.init_lora}' is no file; give the .safetensors of an adapter")
-    if lora.lora_dropout > 0 and chosen.method != "sft":
-        notices.append("lora_dropout: a distilled target that is itself dropped out is noisy; 0 is advised")
-    settings = {
-        "r": rank,
-        "lora_alpha": lora.lora_alpha if lora.lora_alpha is not None else rank,
-        "lora_dropout": lora.lora_dropout,
-        "init_lora_weights": "gaussian" if lora.lora_init_type == "gaussian" else True,
-        "target_modules": list(targets),
-        "use_dora": lora.use_dora,
-        "use_rslora": lora.use_rslora,
-    }
-    if chosen.facts.shapes is None:
-        return LoraPlan(settings, None, None)
-    modules = lora_modules(chosen.facts.shapes, targets)
-    unmatched = [target for target in targets if not lora_modules(chosen.facts.shapes, [target])]
-    if not modules:
-        presets = f"presets are {', '.join(LORA_PRESETS)}"
-        raise UserError(f"peft_lora_target_modules: no layer of the model is named {', '.join(targets)}; {presets}")
-    if unmatched and lora.peft_lora_target_modules:
-        notices.append(f"peft_lora_target_modules: no layer of the model is named {', '.join(unmatched)}")
-    return LoraPlan(settings, len(modules), lora_num_parameters(modules, rank))
 
 
 def caches_of(plan: Plan, manifests: Sequence[Manifest]) -> tuple[Outstanding, ...]:

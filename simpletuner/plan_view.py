@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from simpletuner.adapter_plan import LoraPlan
 from simpletuner.config.errors import printable
 from simpletuner.data.precompute import Outstanding
 from simpletuner.data.streaming import live_parts
@@ -83,7 +84,7 @@ def plan_rows(plan: Plan) -> dict[str, str]:
         "seed": str(run.seed),
     }
     if plan.lora is not None:
-        rows["adapter"] = f"LoRA rank {plan.lora.settings['r']}, alpha {plan.lora.settings['lora_alpha']:g}"
+        rows["adapter"] = _adapter(plan.lora)
     return rows
 
 
@@ -142,9 +143,20 @@ def _trained(plan: Plan) -> Iterator[str]:
     counted = "counted when the model has been loaded"
     if lora.num_parameters is not None:
         counted = f"{_count(lora.num_parameters)} parameters in {lora.num_modules} layers"
-    yield f"trains      LoRA rank {lora.settings['r']}, alpha {lora.settings['lora_alpha']:g}: {counted}"
+    yield f"trains      {_adapter(lora)}: {counted}"
+    if lora.is_lycoris:
+        return
     targets = "on " + " ".join(lora.settings["target_modules"])
     yield textwrap.indent(textwrap.fill(targets, _WIDTH, subsequent_indent="   "), " " * 12)
+
+
+def _adapter(lora: LoraPlan) -> str:
+    """Returns what kind of adapter is trained."""
+    settings = lora.settings
+    if lora.is_lycoris:
+        numbers = [f"{key} {settings[key]}" for key in ("linear_dim", "linear_alpha", "factor") if key in settings]
+        return ", ".join([f"LyCORIS {settings.get('algo', 'lora')}", *numbers])
+    return f"LoRA rank {settings['r']}, alpha {settings['lora_alpha']:g}"
 
 
 def _dataset_lines(summary: DatasetSummary, world: int) -> Iterator[str]:

@@ -148,7 +148,7 @@ _TABLES: dict[tuple[Literal["error", "notice"], str], str] = {
         "gradient_precision weight_dtype"
     ),
     ("notice", "it goes with another key, which is not built"): (
-        "lycoris_config init_lokr_norm refiner_training_invert_schedule refiner_training_strength data_aesthetic_score "
+        "init_lokr_norm refiner_training_invert_schedule refiner_training_strength data_aesthetic_score "
         "timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion "
         "scheduled_sampling_probability soft_min_snr_sigma_data input_perturbation_steps text_encoder_lr "
         "text_encoder_limit save_text_encoder freeze_encoder freeze_encoder_strategy freeze_encoder_before "
@@ -263,7 +263,6 @@ _OPTIMIZERS = {
 _VALUES: dict[str, dict[str, tuple[str | None, str]]] = {
     "model_type": {"controlnet": (None, "control networks are not built"), "deepfloyd-lora": (None, _FAMILY)},
     "mixed_precision": {"fp32": ("no", "it is another name"), "fp8": (None, "use bf16")},
-    "lora_type": {"lycoris": (None, "LyCORIS adapters are not built; use standard, or use_dora")},
     "lora_init_type": {
         name: (None, "it changes the base weights, which are the teacher; use default or gaussian")
         for name in ("loftq", "olora", "pissa", "eva", "corda")

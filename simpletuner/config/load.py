@@ -189,7 +189,8 @@ def _resolve_paths(sections: dict[str, Section], explicit: frozenset[str], place
     cache_dir = places.written(run.cache_dir) if run.cache_dir else None
     sections["run"] = run.model_copy(update={"output_dir": places.written(run.output_dir), "cache_dir": cache_dir})
     init_lora = _model_path("init_lora", lora.init_lora, places, findings)
-    sections["lora"] = lora.model_copy(update={"init_lora": init_lora})
+    lycoris = _file("lycoris_config", lora.lycoris_config, places, findings)
+    sections["lora"] = lora.model_copy(update={"init_lora": init_lora, "lycoris_config": lycoris})
     update: dict[str, object] = {}
     update["user_prompt_library"] = _file("user_prompt_library", validation.user_prompt_library, places, findings)
     publish = sections["publish"]

@@ -153,7 +153,16 @@ class OptimizerSection(Section):
 class LoraSection(Section):
     """The adapter, when model_type is lora."""
 
-    lora_type: Literal["standard"] = setting("standard", "must_match", "Kind of adapter.")
+    lora_type: Literal["standard", "lycoris"] = setting(
+        "standard",
+        "must_match",
+        "Kind of adapter: standard, a LoRA; lycoris, what lycoris_config says.",
+    )
+    lycoris_config: Path | None = setting(
+        None,
+        "must_match",
+        "JSON file of the LyCORIS adapter: algo, linear_dim, factor, apply_preset, ...",
+    )
     lora_rank: int = setting(16, "must_match", "Rank of the adapter's matrices.", ge=1, le=4096)
     lora_alpha: float | None = setting(
         None, "must_match", "The adapter is scaled by lora_alpha / lora_rank. Default: lora_rank.", gt=0

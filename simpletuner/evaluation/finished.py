@@ -18,9 +18,11 @@ from simpletuner.config.schema import SECTIONS
 from simpletuner.config.sections import ModelSection
 from simpletuner.evaluation.pipelines import base_pipeline
 from simpletuner.families._base import ModelFamily
+from simpletuner.families._lora_file import LORA_FILE
 from simpletuner.families._source import ModelSource
 from simpletuner.publishing.model_card import looks_like_hub_id
 from simpletuner.publishing.result import CONFIG
+from simpletuner.training.lycoris import load_lycoris
 
 _NOT_THE_RESULT = ["checkpoint-*", "pipeline/*", "validation/*"]
 
@@ -73,6 +75,11 @@ class FinishedRun:
         return self.document["loading"]["network"] is None
 
     @property
+    def is_lycoris(self) -> bool:
+        """Whether that adapter is one of LyCORIS."""
+        return self.is_adapter and self.option("lora_type") == "lycoris"
+
+    @property
     def method(self) -> str:
         """The name of the method that made it."""
         return str(self.option("distillation_method") or "sft")
@@ -102,6 +109,9 @@ class FinishedRun:
         """
         dtype = dtype or self.dtype
         pipeline = base_pipeline(self.family, self.source, dtype)
+        if self.is_lycoris:
+            load_lycoris(pipeline.unet, self.folder / LORA_FILE)
+            return pipeline
         if self.is_adapter:
             pipeline.load_lora_weights(self.folder)
             return pipeline

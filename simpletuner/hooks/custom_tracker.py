@@ -10,6 +10,12 @@ from accelerate.tracking import GeneralTracker
 
 from simpletuner.config.errors import UserError
 
+FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError),
+)
+"""What code of the user's may raise."""
+
 
 def tracker_class(path: Path) -> type[GeneralTracker]:
     """Returns the class of a file, which is run for that.
@@ -48,7 +54,7 @@ def custom_tracker(path: Path, project: str, folder: Path) -> GeneralTracker:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         return kind(**arguments)
-    except Exception as error:  # noqa: BLE001  (whatever the user's code raises)
+    except FAILURES as error:
         raise UserError(f"custom_tracker: '{path}': {kind.__name__} cannot be made: {_said(error)}") from error
 
 
@@ -59,7 +65,7 @@ def _run(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001  (whatever the user's code raises)
+    except FAILURES as error:
         raise UserError(f"custom_tracker: '{path}' fails: {_said(error)}") from error
     return module
 

@@ -16,7 +16,7 @@ from PIL import Image
 from simpletuner.atomic import files_into
 from simpletuner.config.errors import UserError
 from simpletuner.config.schema import Config
-from simpletuner.hooks.custom_tracker import custom_tracker
+from simpletuner.hooks.custom_tracker import FAILURES, custom_tracker
 from simpletuner.training.metrics import Row
 
 IDS = "trackers.json"
@@ -132,7 +132,7 @@ def _check_wandb() -> None:
 def _further_errors(name: str) -> tuple[type[Exception], ...]:
     """Returns what a tracker may raise beside the usual: of the user's own, anything."""
     if name == "custom-tracker":
-        return (Exception,)
+        return FAILURES
     if name != "wandb":
         return ()
     import wandb

@@ -16,7 +16,7 @@ def further_code(facts: "CardFacts") -> dict[str, str]:
         "From a picture": _from_picture(facts),
         "With a ControlNet": _with_controlnet(facts),
     }
-    if facts.network is None:
+    if facts.network is None and not facts.is_lycoris:
         found = {"With a style LoRA": _with_style(facts), **found}
     return found
 

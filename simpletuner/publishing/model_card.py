@@ -40,6 +40,8 @@ class CardFacts:
     """What was trained: heading -> text."""
     tags: tuple[str, ...]
     note: str | None
+    is_lycoris: bool = False
+    """Whether the adapter is LyCORIS's, which its own package loads."""
     instance_prompt: str | None = None
     """The words that call what was learned, where all images were trained with them."""
     licence: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -115,15 +117,30 @@ def inference_code(facts: CardFacts) -> str:
         arguments_of_base.append("unet=network")
     loader = "from_single_file" if single_file else "from_pretrained"
     lines.append(f"pipeline = {facts.pipeline}.{loader}({', '.join([*arguments_of_base, 'torch_dtype=dtype'])})")
-    if facts.network is None:
+    if facts.network is None and not facts.is_lycoris:
         lines.append(f"pipeline.load_lora_weights({facts.here!r})")
     lines += [
         f'pipeline.scheduler = {facts.scheduler}.from_pretrained({facts.here!r}, subfolder="scheduler")',
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+        *(_lycoris(facts) if facts.is_lycoris else ()),
         *call(facts, "pipeline"),
         'image.save("image.png")',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _lycoris(facts: CardFacts) -> list[str]:
+    """Returns the lines that put an adapter of LyCORIS on the network (pip install lycoris-lora)."""
+    name = "pytorch_lora_weights.safetensors"
+    at_hub = looks_like_hub_id(facts.here)
+    file = f"hf_hub_download({facts.here!r}, {name!r})" if at_hub else repr(f"{facts.here}/{name}")
+    return [
+        *(["from huggingface_hub import hf_hub_download"] if at_hub else []),
+        "from lycoris import create_lycoris_from_weights  # pip install lycoris-lora",
+        f"adapter, _ = create_lycoris_from_weights(1.0, {file}, pipeline.unet)",
+        "adapter.apply_to()",
+        "adapter.to(pipeline.device, dtype)",
+    ]
 
 
 def looks_like_hub_id(name: str) -> bool:

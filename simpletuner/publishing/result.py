@@ -10,13 +10,22 @@ from torch import nn
 
 from simpletuner.atomic import files_into
 from simpletuner.config.schema import DatasetConfig
+from simpletuner.families._lora_file import LORA_FILE
 from simpletuner.plan import Plan
 from simpletuner.plan_view import plan_rows
-from simpletuner.publishing.export import whole_pipeline, write_lora, write_model, write_network, write_pipeline
+from simpletuner.publishing.export import (
+    whole_pipeline,
+    write_lora,
+    write_model,
+    write_network,
+    write_pipeline,
+    write_scheduler,
+)
 from simpletuner.publishing.model_card import CardFacts, card_text
 from simpletuner.training.adapters import adapter_metadata, adapter_state
 from simpletuner.training.build import Run
 from simpletuner.training.checkpoint import provenance
+from simpletuner.training.lycoris import lycoris_state, write_lycoris
 from simpletuner.training.sampling import SamplingSettings, student_settings
 from simpletuner.training.state import TrainState
 
@@ -87,6 +96,10 @@ def write_card(plan: Plan, document: Mapping[str, Any] | None = None) -> None:  
 
 def write_weights(plan: Plan, run: Run, settings: SamplingSettings, folder: Path) -> str:
     """Writes the adapter or the network, and its scheduler; returns a line for a person."""
+    if plan.lora is not None and plan.lora.is_lycoris:
+        write_scheduler(folder, settings.scheduler)
+        write_lycoris(folder / LORA_FILE, lycoris_state(run.module), plan.lora.settings)
+        return f"adapter of LyCORIS: {folder / LORA_FILE}"
     if run.has_adapter:
         state, metadata = adapter_state(run.module), adapter_metadata(run.module)
         return f"adapter: {write_lora(folder, run.family, state, metadata, settings.scheduler)}"
@@ -136,6 +149,7 @@ def card_facts(plan: Plan, document: Mapping[str, Any], here: str) -> CardFacts:
         here=here,
         pipeline=plan.family.pipeline_class,
         network=loading["network"],
+        is_lycoris=plan.lora is not None and plan.lora.is_lycoris,
         scheduler=loading["scheduler"],
         sampling=document["sampling"],
         dtype=getattr(torch, loading["dtype"]),

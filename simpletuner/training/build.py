@@ -33,6 +33,7 @@ from simpletuner.schedules import NoiseSchedule
 from simpletuner.training.adapters import ADAPTER, attach_lora, start_from, trainable_parameters
 from simpletuner.training.ema import Average
 from simpletuner.training.kernels import choose_attention, compile_networks
+from simpletuner.training.lycoris import attach_lycoris
 
 _PATIENCE = timedelta(days=2)
 """How long a process waits for the others."""
@@ -157,7 +158,9 @@ def _networks(plan: Plan, device: torch.device) -> tuple[nn.Module, nn.Module, n
     roles = plan.distiller.roles(model_type)
     embed_dim = plan.distiller.guidance_embed_dim(model_type)
     student = plan.family.load(plan.source, plan.weight_dtype, embed_dim)
-    if plan.lora is not None:
+    if plan.lora is not None and plan.lora.is_lycoris:
+        attach_lycoris(student, plan.lora.settings, plan.config.run.seed, ADAPTER)
+    elif plan.lora is not None:
         attach_lora(student, plan.lora.settings, plan.config.run.seed)
         if plan.config.lora.init_lora is not None:
             start_from(student, plan.family, Path(plan.config.lora.init_lora))

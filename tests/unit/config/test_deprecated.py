@@ -78,8 +78,7 @@ def test_values_of_other_names(run: Run) -> None:
         "attention_mechanism: 'flash-attn-2' is read as diffusers: it changes speed only",
         "distillation_method: 'none' is read as the default: it is another word for the default",
     )
-    assert run.problems({"lora_type": "lycoris", "lora_init_type": "pissa"}) == [
-        "lora_type: 'lycoris' is not supported: LyCORIS adapters are not built; use standard, or use_dora",
+    assert run.problems({"lora_init_type": "pissa"}) == [
         "lora_init_type: 'pissa' is not supported: it changes the base weights, which are the teacher; "
         "use default or gaussian",
     ]
