@@ -12,6 +12,7 @@ from simpletuner.config.errors import UserError
 from simpletuner.config.fields import Resume
 from simpletuner.config.schema import ObjectiveSection
 from simpletuner.distillers._base import Distiller, RunFacts
+from simpletuner.hooks.eval_loss import FixedLevels
 from simpletuner.randomness import Randomness
 from simpletuner.schedules import from_scheduler_config
 from tests.parity.toy import SDXL_SCHEDULER, ToyNetwork, add_lora, toy_batch, toy_setup, trainable
@@ -64,6 +65,16 @@ def test_an_unknown_option_is_named(name: str) -> None:
     key = next(iter(method(name).Config.model_fields))
     with pytest.raises(UserError, match=f"distillation_config.{key}x: unknown option - did you mean '{key}'"):
         method(name).configure({f"{key}x": 1}, ObjectiveSection())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_noise_levels_can_be_given_and_decide_nothing_else(name: str) -> None:
+    distiller, batch = make(name), toy_batch(4)
+    levels = torch.tensor([0.1, 0.4, 0.7, 0.95], dtype=torch.float64)
+    fixed, drawn = (distiller.draw(batch, each) for each in (FixedLevels(1, levels), Randomness(1)))
+    assert (fixed.start.diff() > 0).all()
+    torch.testing.assert_close(fixed.start.double() / 1000, levels, atol=0.025, rtol=0)
+    assert torch.equal(fixed.noise, drawn.noise)
 
 
 @pytest.mark.parametrize("name", METHODS)
