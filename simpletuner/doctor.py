@@ -15,10 +15,12 @@ _USES = {
     "aws": "datasets in S3 buckets",
     "bitsandbytes": "8-bit Adam, nf4 bases",
     "datasets": "datasets of the hub, parquet and arrow files",
+    "lycoris": "lora_type lycoris",
     "prodigy": "the optimizer prodigy",
     "schedulefree": "the optimizer adamw_schedulefree",
     "tensorboard": "report_to tensorboard",
     "torchao": "optimizers ao-*, bases in int8, int4 and fp8",
+    "trackio": "report_to trackio",
     "wandb": "report_to wandb",
     "xformers": "attention_mechanism xformers",
 }
