@@ -132,10 +132,9 @@ def curves_of(rows: Sequence[Row]) -> tuple[list[float], list[Curve]]:
     last = len(rows) - 1
     rows = [row for number, row in enumerate(rows) if number % stride == 0 or number == last or "eval_loss" in row]
     found: list[Curve] = []
-    for key in dict.fromkeys(key for row in rows for key in row):
+    keys = dict.fromkeys(key for row in rows for key in row if key.rpartition("/")[2] in _CURVES)
+    for key in sorted(keys, key=lambda key: list(_CURVES).index(key.rpartition("/")[2])):
         role, _, name = key.rpartition("/")
-        if name not in _CURVES:
-            continue
         values = [_finite(row.get(key)) for row in rows]
         heading = f"{role}: {_CURVES[name]}" if role else _CURVES[name]
         smooth = [list(_smoothed(values))] if name in _SMOOTHED and len(values) > 20 else []
