@@ -275,8 +275,8 @@ def own_scheduler(base_config: Mapping[str, Any], prediction_type: str | None = 
     import diffusers  # here, because it takes seconds, which the plan does not have
 
     name = str(base_config.get("_class_name", ""))
-    scheduler_class = getattr(diffusers, name, None)
-    if scheduler_class is None:
+    scheduler_class: Any = getattr(diffusers, name, None)
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
         raise UserError(f"the model's scheduler_config.json names the scheduler '{name}', which diffusers has not")
     changes = {} if prediction_type is None else {"prediction_type": prediction_type}
     return make_scheduler(scheduler_class, base_config, **changes)

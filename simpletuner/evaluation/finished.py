@@ -14,6 +14,7 @@ from simpletuner import registry
 from simpletuner.chosen import source_of
 from simpletuner.config.errors import UserError
 from simpletuner.config.fields import Json
+from simpletuner.config.files import read_json
 from simpletuner.config.schema import SECTIONS
 from simpletuner.config.sections import ModelSection
 from simpletuner.evaluation.pipelines import base_pipeline
@@ -24,6 +25,7 @@ from simpletuner.publishing.model_card import looks_like_hub_id
 from simpletuner.publishing.result import CONFIG
 from simpletuner.training.lycoris import load_lycoris
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _NOT_THE_RESULT = ["checkpoint-*", "pipeline/*", "validation/*"]
 
 
@@ -135,7 +137,18 @@ def finished_run(name: str | Path, base: str | None = None) -> FinishedRun:
         folder = _downloaded(str(name))
     if not (folder / CONFIG).is_file():
         raise UserError(f"output_dir: '{name}' holds no finished run: train first")
-    return FinishedRun(folder, json.loads((folder / CONFIG).read_text(encoding="utf8")), base)
+    return FinishedRun(folder, _document(folder / CONFIG), base)
+
+
+def _document(path: Path) -> dict[str, Any]:  # Any: JSON
+    """Returns what a run says of itself. Raises UserError for a file that no run wrote: it may be a stranger's."""
+    content: Any = read_json(path, "output_dir")
+    has_parts = isinstance(content, dict) and all(
+        isinstance(content.get(key), dict) for key in ("config", "loading", "sampling")
+    )
+    if not has_parts or content["loading"].get("dtype") not in _DTYPES:
+        raise UserError(f"output_dir: '{path}' is not what a run writes of itself")
+    return content
 
 
 def _downloaded(repo_id: str) -> Path:

@@ -1,5 +1,6 @@
 """`simpletuner sample`: a run's own pictures again, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,31 @@ def test_wishes_are_heard_and_those_that_cannot_be_are_refused(project: Project,
     ):
         with pytest.raises(UserError, match=said):
             list(sample(project.output, wrong, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"config": {}, "loading": {}, "sampling": {}}',
+        '{"config": {}, "loading": {"dtype": "load"}, "sampling": {}}',
+    ],
+)
+def test_what_no_run_wrote_is_one_line(tmp_path: Path, content: str):
+    (tmp_path / "simpletuner.json").write_text(content)
+    with pytest.raises(
+        UserError, match="output_dir: '.*simpletuner.json' is (not what a run writes of itself|no JSON)"
+    ):
+        list(sample(tmp_path, Wishes([PROMPT], [1]), tmp_path))
+
+
+def test_a_scheduler_that_is_none_is_one_line(project: Project, tmp_path: Path):
+    project.train(validation_disable=True)
+    config = project.output / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "DiffusionPipeline"}))
+    with pytest.raises(UserError, match="names the scheduler 'DiffusionPipeline', which diffusers has not"):
+        list(sample(project.output, Wishes([PROMPT], [1]), tmp_path))
 
 
 def drawn_by(project: Project, wishes: Wishes, folder: Path) -> Image.Image:
