@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from simpletuner.quickstart.model import make_pipeline, write_model
+from simpletuner.quickstart.model import TINY, make_pipeline, make_tokenizers, write_model
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -67,6 +67,22 @@ def make_sd1x(prediction_type: str = "epsilon", seed: int = 0, version: int = 1)
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def tiny_clip(folder: Path) -> Path:
+    """Writes a CLIP model of random weights, with its processor, into a folder; returns the folder."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+    tokenizer = make_tokenizers(TINY)[0]
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 8}, projection_dim=12)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
 
 
 def image_folder(folder: Path, count: int = 6, sizes: Sequence[tuple[int, int]] = SIZES, seed: int = 0) -> Path:

@@ -8,7 +8,7 @@ the table too: the base model's own, by another seed.
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +135,12 @@ def compare(finished: FinishedRun, asked: Asked, folder: Path, progress: Progres
     drawn = _drawn(base, teachers, asked, progress)
     del base  # two at once may be more than the device holds
     drawn += _drawn(finished.pipeline(), students, asked, progress)
-    own = drawn[0][1]
-    lines = tuple(
-        _line(sampler, pictures, own if number else None, seconds, asked, clip)
-        for number, (sampler, pictures, seconds) in enumerate(drawn)
-    )
+    lines = [_line(sampler, pictures, drawn[0][1], seconds, asked) for sampler, pictures, seconds in drawn]
+    if clip is not None:
+        lines = _judged(lines, [pictures for _, pictures, _ in drawn], asked, clip)
     sheet = _show(folder, [(sampler.label, pictures) for sampler, pictures, _ in drawn], asked)
     other_seed = lines[0].diversity
-    comparison = Comparison(lines, other_seed, len(asked.prompts), len(asked.seeds), sheet)
+    comparison = Comparison(tuple(lines), other_seed, len(asked.prompts), len(asked.seeds), sheet)
     with files_into(folder) as made:
         (made / "comparison.md").write_text(comparison.markdown(), encoding="utf8")
         (made / "comparison.json").write_text(json.dumps(comparison.json(), indent=1) + "\n", encoding="utf8")
@@ -198,26 +196,18 @@ def _drawn(
     return found
 
 
-def _line(
-    sampler: Sampler, pictures: Pictures, own: Pictures | None, seconds: float, asked: Asked, clip: Clip | None
-) -> Line:
+def _line(sampler: Sampler, pictures: Pictures, own: Pictures, seconds: float, asked: Asked) -> Line:
     """Returns what is said of pictures.
 
     Args:
         sampler: That drew them.
         pictures: All of them.
-        own: The teacher's; None: these are they.
+        own: The teacher's; where they are the same, they are not compared.
         seconds: Of one picture.
         asked: The prompts and seeds.
-        clip: Judges too, if there is one.
     """
     by_prompt = [[pictures[number, seed] for seed in asked.seeds] for number in range(len(asked.prompts))]
-    pairs = [(pictures[key], own[key]) for key in pictures] if own is not None else []
-    score = apart = None
-    if clip is not None:
-        seen = clip.pictures(list(pictures.values()))
-        score = clip_score(seen, clip.texts([asked.prompts[number] for number, _ in pictures]))
-        apart = cmmd(seen, clip.pictures(list(own.values()))) if own is not None else None
+    pairs = [(pictures[key], own[key]) for key in pictures] if pictures is not own else []
     return Line(
         label=sampler.label,
         num_inference_steps=sampler.num_inference_steps,
@@ -227,9 +217,17 @@ def _line(
         diversity=_mean([diversity(each) for each in by_prompt]) if len(asked.seeds) > 1 else None,
         distance=_mean([feature_distance(*pair) for pair in pairs]) if pairs else None,
         psnr_db=_mean([psnr_db(*pair) for pair in pairs]) if pairs else None,
-        clip=score,
-        cmmd=apart,
     )
+
+
+def _judged(lines: Sequence[Line], drawn: Sequence[Pictures], asked: Asked, clip: Clip) -> list[Line]:
+    """Returns the lines with what CLIP says of their pictures, each seen once."""
+    texts = clip.texts(asked.prompts)[[number for number, _ in drawn[0]]]
+    seen = [clip.pictures(list(pictures.values())) for pictures in drawn]
+    return [
+        replace(line, clip=clip_score(each, texts), cmmd=cmmd(each, seen[0]) if number else None)
+        for number, (line, each) in enumerate(zip(lines, seen, strict=True))
+    ]
 
 
 def _show(folder: Path, columns: Sequence[tuple[str, Pictures]], asked: Asked) -> Path:

@@ -13,6 +13,7 @@ from simpletuner.config.load import load
 from simpletuner.evaluation.asking import Wanted, judge_config, judge_run
 from simpletuner.prompt_library import built_in_prompts
 from tests.integration.conftest import Project
+from tests.tiny import tiny_clip
 
 FEW = {"num_prompts": 2, "teacher_steps": 3, "steps": "1,2"}
 
@@ -71,6 +72,21 @@ def test_a_config_of_other_pictures_is_compared_on_its_own_prompts(project: Proj
     assert found.other_seed is None
     with pytest.raises(UserError, match="--full: it judges the quickstart's scenes alone"):
         judge_config(load(project.write()), full=True, wanted=Wanted(128))
+
+
+def test_a_clip_model_judges_too(project: Project, tmp_path: Path):
+    project.train(validation_disable=True)
+    found = judge_run(str(project.output), Wanted(**FEW, clip=str(tiny_clip(tmp_path / "clip"))))
+    teacher, *students = found.lines
+    assert teacher.clip is not None
+    assert teacher.cmmd is None
+    for line in students:
+        assert line.clip is not None
+        assert 0 <= line.clip <= 100
+        assert line.cmmd is not None
+        assert line.cmmd > 0
+    table = (project.output / "evaluation" / "comparison.md").read_text()
+    assert "| CLIP | CMMD |" in table
 
 
 def test_the_command_and_its_mistakes(project: Project, tmp_path: Path):

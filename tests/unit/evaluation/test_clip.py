@@ -9,23 +9,12 @@ from PIL import Image
 
 from simpletuner.config.errors import UserError
 from simpletuner.evaluation.clip import Clip, clip_score, cmmd
-from simpletuner.quickstart.model import TINY, make_tokenizers
+from tests.tiny import tiny_clip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
-
-    path = tmp_path_factory.mktemp("clip")
-    tokenizer = make_tokenizers(TINY)[0]
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**size, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 8}, projection_dim=12)
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(path)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(path)
-    return path
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_embeddings_are_of_unit_length_whatever_the_size_of_the_picture(folder: Path):
