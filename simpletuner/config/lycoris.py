@@ -1,6 +1,7 @@
 """The file of ``lycoris_config``, as the users of LyCORIS have it; the numbers in it are checked by LyCORIS itself."""
 
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from simpletuner.config.files import read_json
 
 ALGORITHMS = ("lora", "locon", "loha", "lokr", "glora", "diag-oft", "boft")
 """Of the package's those that leave the layers' own weights alone: the teacher needs them."""
+_ADDED = frozenset({"lora", "locon", "loha", "lokr"})
+"""Those whose change LyCORIS can also compute beside the layer (``bypass_mode``), to the same result."""
 _KEYS = (
     *("algo", "multiplier", "linear_dim", "linear_alpha", "conv_dim", "conv_alpha", "factor", "decompose_both"),
     *("use_tucker", "use_scalar", "full_matrix", "unbalanced_factorization", "bypass_mode", "block_size", "constraint"),
@@ -48,4 +51,14 @@ def read_lycoris(path: Path | None) -> dict[str, Json]:
         problems.append("lora_type: 'lycoris' needs its package: pip install \"simpletuner[lycoris]\"")
     if problems:
         raise UserError(*problems)
-    return content
+    # Added to weights of 16 bits, small changes are rounded away: of 1e-4 on weights of 0.05 more than half.
+    return {"bypass_mode": True, **content} if _can_bypass(content) else content
+
+
+def _can_bypass(content: Mapping[str, Json]) -> bool:
+    """Returns whether all layers' changes can be computed beside them."""
+    preset = content.get("apply_preset")
+    maps = [preset.get(key) for key in ("module_algo_map", "name_algo_map")] if isinstance(preset, dict) else []
+    own = [each for found in maps if isinstance(found, dict) for each in found.values() if isinstance(each, dict)]
+    kinds = {str(each.get("algo", content.get("algo", "lora"))) for each in (content, *own)}
+    return kinds <= _ADDED and not any(each.get("dora_wd") for each in (content, *own))

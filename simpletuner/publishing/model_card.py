@@ -12,6 +12,11 @@ from simpletuner.publishing.card_code import call, further_code
 
 _DTYPES = {torch.float32: "torch.float32", torch.bfloat16: "torch.bfloat16", torch.float16: "torch.float16"}
 
+_BYPASS = (
+    "for layer in adapter.loras:  # else small changes are rounded away when they are added to weights of 16 bits",
+    "    layer.bypass_mode = True",
+)
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -42,6 +47,8 @@ class CardFacts:
     note: str | None
     is_lycoris: bool = False
     """Whether the adapter is LyCORIS's, which its own package loads."""
+    bypasses: bool = False
+    """Whether that one's changes are computed beside the layers."""
     instance_prompt: str | None = None
     """The words that call what was learned, where all images were trained with them."""
     licence: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -138,6 +145,7 @@ def _lycoris(facts: CardFacts) -> list[str]:
         *(["from huggingface_hub import hf_hub_download"] if at_hub else []),
         "from lycoris import create_lycoris_from_weights  # pip install lycoris-lora",
         f"adapter, _ = create_lycoris_from_weights(1.0, {file}, pipeline.unet)",
+        *(_BYPASS if facts.bypasses else ()),
         "adapter.apply_to()",
         "adapter.to(pipeline.device, dtype)",
     ]

@@ -150,6 +150,7 @@ def card_facts(plan: Plan, document: Mapping[str, Any], here: str) -> CardFacts:
         pipeline=plan.family.pipeline_class,
         network=loading["network"],
         is_lycoris=plan.lora is not None and plan.lora.is_lycoris,
+        bypasses=plan.lora is not None and bool(plan.lora.settings.get("bypass_mode")),
         scheduler=loading["scheduler"],
         sampling=document["sampling"],
         dtype=getattr(torch, loading["dtype"]),

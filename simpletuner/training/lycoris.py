@@ -5,12 +5,14 @@ on, as peft's layers do, by the same attributes: so student and teacher are swit
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,6 +45,13 @@ class _Switched:
         return (self._plain if self._attributes["_disable_adapters"] else self._adapted)(*args, **kwargs)
 
 
+def _package() -> Any:  # Any: an optional package without types
+    """Returns the package; it says a dozen lines of each adapter that it makes, on stdout."""
+    package = import_module("lycoris")
+    logging.getLogger("LyCORIS").setLevel(logging.WARNING)
+    return package
+
+
 def attach_lycoris(network: nn.Module, settings: Mapping[str, Json], seed: int, name: str) -> None:
     """Attaches a trainable float32 adapter to a frozen network.
 
@@ -55,7 +64,7 @@ def attach_lycoris(network: nn.Module, settings: Mapping[str, Json], seed: int, 
     Raises:
         UserError: No layer is meant, or LyCORIS cannot do what the settings say.
     """
-    package: Any = import_module("lycoris")  # Any: an optional package without types
+    package = _package()
     network.requires_grad_(False)
     options: dict[str, Any] = {key: value for key, value in settings.items() if key != "apply_preset"}
     preset: Any = settings.get("apply_preset") or {}
@@ -96,11 +105,15 @@ def write_lycoris(path: Path, state: Mapping[str, Tensor], settings: Mapping[str
 def load_lycoris(network: nn.Module, path: Path) -> None:
     """Puts the adapter of a file on a network, in its dtype. Raises UserError where the package is missing."""
     try:
-        package: Any = import_module("lycoris")  # Any: as above
+        package = _package()
     except ModuleNotFoundError as error:
         raise UserError('this adapter needs a package to be drawn with: pip install "simpletuner[lycoris]"') from error
     package.LycorisNetwork.apply_preset(dict(_PRESET))
     made, _ = package.create_lycoris_from_weights(1.0, str(path), network)
+    with safe_open(path, framework="pt") as file:
+        settings = json.loads((file.metadata() or {}).get("lycoris_config", "{}"))
+    for adapter in made.loras:
+        adapter.bypass_mode = settings.get("bypass_mode", adapter.bypass_mode)
     made.apply_to()
     weight = next(network.parameters())
     network.add_module(_CHILD, made.to(weight.device, weight.dtype).requires_grad_(False))

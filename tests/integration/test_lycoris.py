@@ -91,7 +91,31 @@ def test_what_was_learned_is_read_by_lycoris_itself(lycoris: Project, tiny_model
     with Image.open(own) as one, Image.open(lycoris.folder / "image.png") as two:
         assert max(high for _, high in ImageChops.difference(one.convert("RGB"), two).getextrema()) <= 1
     with safe_open(lycoris.output / "pytorch_lora_weights.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["lycoris_config"]) == FILES[name]
+        told_of_itself = json.loads(file.metadata()["lycoris_config"])
+    bypasses = {"bypass_mode": True} if name in ("lokr", "lokr-everywhere", "loha", "locon") else {}
+    assert told_of_itself == FILES[name] | bypasses
+
+
+def test_small_changes_are_not_rounded_away_in_bf16(lycoris: Project):
+    """As they are when LyCORIS adds them to the weights, which is what it does unless it is told otherwise."""
+    changes: dict[bool, float] = {}
+    for bypasses in (True, False):
+        settings = FILES["lokr"] if bypasses else FILES["lokr"] | {"bypass_mode": False}
+        run = told(lycoris, settings).build(mixed_precision="bf16")
+        linear = (module for module in run.module.modules() if isinstance(module, torch.nn.Linear))
+        layer = next(module for module in linear if hasattr(module, "_active_adapter"))
+        adapter: Any = layer.forward._adapted.__self__
+        x = torch.ones(1, layer.in_features, dtype=torch.bfloat16)
+        x[:, ::2] = -1  # so that the layer itself gives 0
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            layer.weight.fill_(1.0)  # whose next number in bf16 is 1.008
+            adapter.lokr_w1.zero_()[0, 0] = 1.0
+            adapter.lokr_w2.zero_()[0, 0] = 1e-3
+            with adapters_off(run.module):
+                plain = layer(x)
+            changes[bypasses] = float((layer(x) - plain).abs().max())
+    assert changes[False] == 0
+    assert changes[True] == pytest.approx(1e-3, rel=0.01)
 
 
 def test_a_resumed_run_is_the_straight_one(lycoris: Project, tmp_path: Path):
