@@ -10,7 +10,6 @@ from PIL import Image
 
 from simpletuner.atomic import files_into
 from simpletuner.config.errors import UserError
-from simpletuner.config.validation import parse_resolutions
 from simpletuner.distillers._base import own_scheduler
 from simpletuner.evaluation.finished import FinishedRun, finished_run
 from simpletuner.hooks.contact_sheet import write_contact_sheet
@@ -51,7 +50,7 @@ def sample(run: str | Path, wishes: Wishes, output: Path, base: str | None = Non
         UserError: No run has finished there, or its sampler cannot do what is wished.
     """
     finished = finished_run(run, base)
-    width, height = _size(finished, wishes)
+    width, height = finished.size_px(wishes.size)
     arguments = _arguments(finished, wishes)
     images = _images(wishes, (width, height))
     pipeline = _pipeline(finished, wishes)
@@ -72,15 +71,6 @@ def sample(run: str | Path, wishes: Wishes, output: Path, base: str | None = Non
     columns = [(f"seed {seed}", output / f"seed-{seed}") for seed in wishes.seeds]
     write_contact_sheet(output / "contact_sheet.png", columns, list(names.items()))
     yield f"all of them: {output / 'contact_sheet.png'}"
-
-
-def _size(finished: FinishedRun, wishes: Wishes) -> tuple[int, int]:
-    """Returns width and height in pixels."""
-    try:
-        (size, *_) = parse_resolutions(wishes.size or str(finished.option("validation_resolution")))
-    except ValueError as error:
-        raise UserError(f"--size: {error}") from error
-    return size
 
 
 def _arguments(finished: FinishedRun, wishes: Wishes) -> dict[str, Any]:  # Any: of the pipeline's call

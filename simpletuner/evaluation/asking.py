@@ -5,7 +5,7 @@ from pathlib import Path
 
 from simpletuner.config.errors import UserError
 from simpletuner.config.schema import Config
-from simpletuner.config.validation import ValidationSection, parse_resolutions
+from simpletuner.config.validation import ValidationSection
 from simpletuner.evaluation.compare import Asked, Comparison, compare
 from simpletuner.evaluation.evaluate import FULL, evaluate, knows_scenes
 from simpletuner.evaluation.finished import FinishedRun, finished_run
@@ -70,7 +70,7 @@ def judge_run(run: str, wanted: Wanted) -> Comparison:
     own_folder = Path(run) / "evaluation" if Path(run).is_dir() else Path("evaluation")
     asked = Asked(
         prompts=prompts[: wanted.num_prompts],
-        size_px=_size(wanted.size or str(finished.option("validation_resolution"))),
+        size_px=finished.size_px(wanted.size),
         seeds=range(wanted.num_seeds),
         steps=_steps(wanted.steps) if wanted.steps else None,
         teacher_steps=wanted.teacher_steps,
@@ -85,13 +85,6 @@ def _own_prompts(finished: FinishedRun) -> list[str]:
     given = {key: value for key in keys if (value := finished.option(key)) is not None}
     found = [wish.prompt for wish in wishes(ValidationSection.model_validate(given))]
     return found or built_in_prompts()
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        return parse_resolutions(text)[0]
-    except ValueError as error:
-        raise UserError(f"--size: {error}") from error
 
 
 def _steps(text: str) -> list[int]:

@@ -17,6 +17,7 @@ from simpletuner.config.fields import Json
 from simpletuner.config.files import read_json
 from simpletuner.config.schema import SECTIONS
 from simpletuner.config.sections import ModelSection
+from simpletuner.config.validation import parse_resolutions
 from simpletuner.evaluation.pipelines import base_pipeline
 from simpletuner.families._base import ModelFamily
 from simpletuner.families._lora_file import LORA_FILE
@@ -102,6 +103,13 @@ class FinishedRun:
         steps, guidance = self.family.usual_sampling
         told = self.document.get("teacher", {})
         return int(told.get("num_inference_steps", steps)), float(told.get("guidance_scale", guidance))
+
+    def size_px(self, asked: str | None) -> tuple[int, int]:
+        """Returns width and height of ``--size``, else of the run's own pictures. Raises UserError."""
+        try:
+            return parse_resolutions(asked or str(self.option("validation_resolution")))[0]
+        except ValueError as error:
+            raise UserError(f"--size: {error}") from error
 
     def pipeline(self, dtype: torch.dtype | None = None) -> Any:  # Any: a diffusers pipeline
         """Returns the pipeline of the result: its files, loaded as any user of diffusers loads them.
